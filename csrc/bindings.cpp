@@ -1,0 +1,246 @@
+// The only file that knows of Python: checks what comes in, releases the GIL, calls the core, owns no algorithm.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <sched.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <limits>
+#include <optional>
+#include <string>
+#include <thread>
+
+#include "clusters.hpp"
+#include "hamming_join.hpp"
+#include "parallel.hpp"
+#include "simhash.hpp"
+
+namespace py = pybind11;
+using namespace slmfast;
+
+namespace {
+
+constexpr int kMaxThreads = 256;
+
+template <class T>
+using Dense = py::array_t<T, py::array::c_style>;  // no forcecast: a wrong dtype is an error, not a copy
+
+unsigned thread_count(int threads) {
+    if (threads < 0 || threads > kMaxThreads)
+        throw py::value_error("threads must lie between 0 (all this process may use) and " + std::to_string(kMaxThreads) +
+                              ", not " + std::to_string(threads));
+    if (threads > 0) return static_cast<unsigned>(threads);
+#if defined(__linux__)
+    cpu_set_t allowed;
+    if (sched_getaffinity(0, sizeof(allowed), &allowed) == 0)
+        return static_cast<unsigned>(std::clamp(CPU_COUNT(&allowed), 1, kMaxThreads));
+#endif
+    return std::clamp(std::thread::hardware_concurrency(), 1u, static_cast<unsigned>(kMaxThreads));
+}
+
+std::vector<std::string> available_isas() {
+    std::vector<std::string> names;
+    for (const Isa isa : {Isa::scalar, Isa::avx2, Isa::avx512})
+        if (isa_available(isa)) names.emplace_back(isa_name(isa));
+    return names;
+}
+
+// The best instruction set of this CPU, or the one that SLMFAST_ISA asks for.
+Isa active_isa() {
+    const char* asked = std::getenv("SLMFAST_ISA");
+    if (asked == nullptr || *asked == '\0') return best_isa();
+    for (const Isa isa : {Isa::scalar, Isa::avx2, Isa::avx512})
+        if (std::string(asked) == isa_name(isa) && isa_available(isa)) return isa;
+    std::string known;
+    for (const std::string& name : available_isas()) known += (known.empty() ? "" : ", ") + name;
+    throw py::value_error("SLMFAST_ISA=" + std::string(asked) + " is not available here: unset it or use one of " + known);
+}
+
+int checked_ngram(int ngram) {
+    if (ngram < 1 || ngram > kMaxNgram)
+        throw py::value_error("ngram must lie between 1 and " + std::to_string(kMaxNgram) + ", not " +
+                              std::to_string(ngram));
+    return ngram;
+}
+
+int checked_k(int k) {
+    if (k < 0 || k > kMaxDistance)
+        throw py::value_error("k must lie between 0 and " + std::to_string(kMaxDistance) + ", not " + std::to_string(k));
+    return k;
+}
+
+void check_rows(std::int64_t n) {
+    if (n >= std::numeric_limits<std::uint32_t>::max())
+        throw py::value_error("more than 2^32 - 2 rows in one call: split them");
+}
+
+template <class T>
+std::size_t checked_length(const Dense<T>& array, const char* name) {
+    if (array.ndim() != 1) throw py::value_error(std::string(name) + " must have one dimension");
+    return static_cast<std::size_t>(array.size());
+}
+
+// A text column together with the Python buffers that it reads.
+class Texts {
+public:
+    // Each chunk: (layout, length, offset, validity or None, offsets or views, [data buffers]).
+    explicit Texts(const py::list& chunks) {
+        for (const py::handle& item : chunks) {
+            const auto fields = py::cast<py::tuple>(item);
+            if (fields.size() != 6) throw py::value_error("a chunk has six fields");
+            TextChunk chunk;
+            chunk.layout = layout(py::cast<std::string>(fields[0]));
+            chunk.length = py::cast<std::int64_t>(fields[1]);
+            chunk.offset = py::cast<std::int64_t>(fields[2]);
+            chunk.validity = bytes(fields[3]);
+            chunk.index = bytes(fields[4]);
+            for (const py::handle& buffer : py::cast<py::list>(fields[5])) chunk.data.push_back(bytes(buffer));
+            column_.append(std::move(chunk));
+        }
+        check_rows(column_.size());
+    }
+
+    const TextColumn& column() const { return column_; }
+
+private:
+    static Layout layout(const std::string& name) {
+        if (name == "string") return Layout::offsets32;
+        if (name == "large_string") return Layout::offsets64;
+        if (name == "string_view") return Layout::views;
+        throw py::value_error("unknown layout " + name);
+    }
+
+    Bytes bytes(const py::handle& object) {
+        if (object.is_none()) return {};
+        held_.push_back(py::cast<py::buffer>(object).request());
+        const py::buffer_info& info = held_.back();
+        const bool dense = info.ndim == 0 || (info.ndim == 1 && info.strides[0] == info.itemsize);
+        if (!dense) throw py::value_error("an Arrow buffer must be contiguous");
+        return {static_cast<const char*>(info.ptr), info.size * info.itemsize};
+    }
+
+    TextColumn column_;
+    std::vector<py::buffer_info> held_;  // keeps the memory in place
+};
+
+py::tuple bind_fingerprints(const Texts& texts, bool normalised, int ngram, int threads) {
+    const auto n = texts.column().size();
+    Dense<std::uint64_t> out(n);
+    Dense<std::uint8_t> states(n);
+    const unsigned used = thread_count(threads);
+    const Isa isa = active_isa();
+    checked_ngram(ngram);
+    auto* to = out.mutable_data();
+    auto* state = reinterpret_cast<RowState*>(states.mutable_data());
+    {
+        const py::gil_scoped_release release;
+        fingerprints(texts.column(), normalised, ngram, used, isa, to, state);
+    }
+    return py::make_tuple(out, states);
+}
+
+py::tuple bind_near_pairs(const Dense<std::uint64_t>& fingerprints, int k, int threads) {
+    const std::size_t n = checked_length(fingerprints, "fingerprints");
+    check_rows(static_cast<std::int64_t>(n));
+    checked_k(k);
+    const unsigned used = thread_count(threads);
+    const Isa isa = active_isa();
+    const std::uint64_t* from = fingerprints.data();
+    std::vector<std::uint64_t> pairs;
+    {
+        const py::gil_scoped_release release;
+        pairs = near_pairs(from, n, k, used, isa);
+    }
+    const auto m = static_cast<py::ssize_t>(pairs.size());
+    Dense<std::int64_t> i(m);
+    Dense<std::int64_t> j(m);
+    Dense<std::uint8_t> distance(m);
+    auto* to_i = i.mutable_data();
+    auto* to_j = j.mutable_data();
+    auto* to_distance = distance.mutable_data();
+    {
+        const py::gil_scoped_release release;
+        for (std::size_t pair = 0; pair < pairs.size(); ++pair) {
+            to_i[pair] = static_cast<std::int64_t>(pairs[pair] >> 32);
+            to_j[pair] = static_cast<std::int64_t>(pairs[pair] & 0xFFFFFFFFu);
+            to_distance[pair] = static_cast<std::uint8_t>(__builtin_popcountll(from[to_i[pair]] ^ from[to_j[pair]]));
+        }
+    }
+    return py::make_tuple(i, j, distance);
+}
+
+py::tuple bind_cluster(const Texts& texts, const Texts& replaced, const Dense<std::int64_t>& row_array,
+                       const Dense<std::uint64_t>& fingerprints, const Dense<std::uint8_t>& states, int k,
+                       bool components, std::optional<double> verify, int ngram, int threads, std::size_t pair_budget) {
+    const std::int64_t n = texts.column().size();
+    if (static_cast<std::int64_t>(checked_length(fingerprints, "fingerprints")) != n ||
+        static_cast<std::int64_t>(checked_length(states, "states")) != n)
+        throw py::value_error("fingerprints and states must have one value a row");
+    checked_length(row_array, "rows");
+    const std::vector<std::int64_t> rows(row_array.data(), row_array.data() + row_array.size());
+    const bool ordered = std::adjacent_find(rows.begin(), rows.end(), std::greater_equal<>()) == rows.end();
+    const bool inside = rows.empty() || (rows.front() >= 0 && rows.back() < n);
+    if (!ordered || !inside || replaced.column().size() != static_cast<std::int64_t>(rows.size()))
+        throw py::value_error("the replaced rows must ascend, lie inside the column and have one text each");
+    const bool known = std::all_of(states.data(), states.data() + n,
+                                   [](std::uint8_t state) { return state < static_cast<std::uint8_t>(RowState::foreign); });
+    if (!known) throw py::value_error("every row needs a state, and none may be left to normalise");
+    if (verify && !(*verify >= 0.0 && *verify <= 1.0))
+        throw py::value_error("verify must be None or lie between 0 and 1");
+    ClusterOptions options;
+    options.k = checked_k(k);
+    options.components = components;
+    options.verified = verify.has_value();
+    options.verify = verify.value_or(0.0);
+    options.ngram = checked_ngram(ngram);
+    options.threads = thread_count(threads);
+    options.isa = active_isa();
+    options.pair_budget = pair_budget;
+    Dense<std::int64_t> duplicate_of(n);
+    Dense<std::uint8_t> distance(n);
+    const NormalisedTexts normalised{&texts.column(), &replaced.column(), &rows};
+    const auto* from = fingerprints.data();
+    const auto* state = reinterpret_cast<const RowState*>(states.data());
+    auto* to = duplicate_of.mutable_data();
+    auto* to_distance = distance.mutable_data();
+    {
+        const py::gil_scoped_release release;
+        cluster(normalised, from, state, n, options, to, to_distance);
+    }
+    return py::make_tuple(duplicate_of, distance);
+}
+
+// The normal form of a text, or None where Python's unicodedata has to give it.
+std::optional<std::u32string> bind_normalise(const py::bytes& utf8) {
+    CodePoints out;
+    const Decoded decoded = normalise(std::string_view(utf8), out);
+    if (decoded == Decoded::invalid) throw py::value_error("not valid UTF-8");
+    if (decoded == Decoded::foreign) return std::nullopt;
+    return std::u32string(out.begin(), out.end());
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, module) {
+    module.doc() = "Near-duplicate search. Use slmfast.near_duplicates, which prepares what these functions take.";
+    module.attr("FORMAT_VERSION") = kFormatVersion;
+    module.attr("FOREIGN") = static_cast<int>(RowState::foreign);
+    module.def("available_isas", &available_isas, "Instruction sets that this CPU has, slowest first.");
+    module.def("active_isa", [] { return std::string(isa_name(active_isa())); },
+               "The instruction set in use: the best there is, or the one named by SLMFAST_ISA.");
+    py::class_<Texts>(module, "Texts", "A column of texts over Arrow buffers, read in place.")
+        .def(py::init<const py::list&>(), py::arg("chunks"))
+        .def("__len__", [](const Texts& texts) { return texts.column().size(); });
+    module.def("fingerprints", &bind_fingerprints, py::arg("texts"), py::arg("normalised"), py::arg("ngram"),
+               py::arg("threads"), "(fingerprints uint64[n], states uint8[n])");
+    module.def("near_pairs", &bind_near_pairs, py::arg("fingerprints").noconvert(), py::arg("k"), py::arg("threads"),
+               "(i int64[m], j int64[m], distance uint8[m]), i < j, sorted");
+    module.def("cluster", &bind_cluster, py::arg("texts"), py::arg("replaced"),
+               py::arg("rows").noconvert(),
+               py::arg("fingerprints").noconvert(), py::arg("states").noconvert(), py::arg("k"), py::arg("components"),
+               py::arg("verify"), py::arg("ngram"), py::arg("threads"), py::arg("pair_budget") = 0,
+               "(duplicate_of int64[n], distance uint8[n])");
+    module.def("normalise", &bind_normalise, py::arg("utf8"),
+               "The normal form of a text, or None where the native module leaves it to Python.");
+}

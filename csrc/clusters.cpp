@@ -1,0 +1,353 @@
+#include "clusters.hpp"
+
+#include <algorithm>
+#include <atomic>
+#include <mutex>
+#include <numeric>
+
+#include "grouping.hpp"
+#include "hamming_join.hpp"
+#include "jaccard.hpp"
+#include "parallel.hpp"
+
+namespace slmfast {
+namespace {
+
+using Row = std::uint32_t;
+using Node = std::uint32_t;  // a position in the list of nodes, which is in row order
+
+struct Input {
+    NormalisedTexts texts;
+    const std::uint64_t* fingerprints;
+    const RowState* states;
+    ClusterOptions options;
+};
+
+// --- Equal texts ------------------------------------------------------------------------------------------------
+
+// Rows with a fingerprint, those of equal fingerprint side by side.
+std::vector<Row> rows_by_fingerprint(const Input& in, std::int64_t n) {
+    std::vector<Row> rows;
+    for (std::int64_t row = 0; row < n; ++row)
+        if (in.states[row] == RowState::few || in.states[row] == RowState::full) rows.push_back(static_cast<Row>(row));
+    return group_rows(in.fingerprints, rows, in.options.threads);
+}
+
+// Finds the first row of equal normalised text among rows of one fingerprint.
+class EqualTexts {
+public:
+    explicit EqualTexts(const Input& in) : in_(in) {}
+
+    // Writes first[row] for the rows [begin, end), which ascend.
+    void group(const Row* begin, const Row* end, Row* first) {
+        keyed_.clear();
+        for (const Row* at = begin; at != end; ++at) {
+            if (same_bytes(*begin, *at)) {
+                first[*at] = *begin;
+            } else {
+                keyed_.push_back({key(*at), *at});
+            }
+        }
+        if (keyed_.empty()) return;
+        keyed_.push_back({key(*begin), *begin});
+        std::sort(keyed_.begin(), keyed_.end());
+        for (std::size_t from = 0; from < keyed_.size();) {
+            std::size_t to = from;
+            while (to < keyed_.size() && keyed_[to].first == keyed_[from].first) ++to;
+            settle(from, to, first);
+            from = to;
+        }
+    }
+
+private:
+    // Rows of one key are equal but for a collision of hashes: each goes to the first that it truly equals.
+    void settle(std::size_t from, std::size_t to, Row* first) {
+        std::vector<Row> distinct;
+        for (std::size_t i = from; i < to; ++i) {
+            const Row row = keyed_[i].second;
+            const auto equal = std::find_if(distinct.begin(), distinct.end(), [&](Row other) { return same(other, row); });
+            first[row] = equal == distinct.end() ? row : *equal;
+            if (first[row] == row) distinct.push_back(row);
+        }
+    }
+
+    // With plain SimHash, equal fingerprints are enough for rows with enough grams.
+    bool by_fingerprint(Row row) const { return !in_.options.verified && in_.states[row] == RowState::full; }
+
+    bool same_bytes(Row a, Row b) const {
+        if (by_fingerprint(a) && by_fingerprint(b)) return true;
+        return !in_.texts.is_replaced(a) && !in_.texts.is_replaced(b) && (*in_.texts.raw)[a] == (*in_.texts.raw)[b];
+    }
+
+    bool same(Row a, Row b) {
+        if (by_fingerprint(a) || by_fingerprint(b)) return by_fingerprint(a) && by_fingerprint(b);
+        in_.texts.read(a, one_);
+        in_.texts.read(b, two_);
+        return one_ == two_;
+    }
+
+    std::uint64_t key(Row row) {
+        if (by_fingerprint(row)) return 0;
+        in_.texts.read(row, one_);
+        std::uint64_t hash = one_.size();
+        for (const char32_t c : one_) hash = mix(hash ^ c);
+        return hash;
+    }
+
+    const Input& in_;
+    CodePoints one_;
+    CodePoints two_;
+    std::vector<std::pair<std::uint64_t, Row>> keyed_;
+};
+
+// first[row] = the first row of equal text, for every row with a fingerprint.
+void find_equal_texts(const Input& in, const std::vector<Row>& rows, Row* first) {
+    constexpr std::size_t kGrain = 4096;
+    const auto run_end = [&](std::size_t i) {
+        return group_end(in.fingerprints, rows, i);
+    };
+    parallel_for(rows.size(), in.options.threads, kGrain, [&](std::size_t begin, std::size_t end, unsigned) {
+        EqualTexts equal(in);
+        if (begin > 0 && in.fingerprints[rows[begin - 1]] == in.fingerprints[rows[begin]]) begin = run_end(begin);
+        while (begin < end) {  // a run belongs to the piece in which it begins
+            const std::size_t to = run_end(begin);
+            equal.group(&rows[begin], &rows[begin] + (to - begin), first);
+            begin = to;
+        }
+    });
+}
+
+// --- Nodes ------------------------------------------------------------------------------------------------------
+
+// The nodes that take part in the join: the first rows of equal texts with enough grams, in row order.
+struct Nodes {
+    std::vector<Row> rows;
+    std::vector<std::uint64_t> fingerprints;
+
+    void add(const Input& in, Row row) {
+        rows.push_back(row);
+        fingerprints.push_back(in.fingerprints[row]);
+    }
+};
+
+// Verifies pairs of nodes, with one Jaccard a thread.
+class Verifier {
+public:
+    Verifier(const Input& in, const Nodes& nodes) : in_(in), nodes_(nodes) {
+        for (unsigned thread = 0; thread < in.options.threads; ++thread) jaccards_.emplace_back(in.texts, in.options.ngram);
+    }
+
+    bool operator()(unsigned thread, Node a, Node b) {
+        return !in_.options.verified || jaccards_[thread](nodes_.rows[a], nodes_.rows[b]) >= in_.options.verify;
+    }
+
+private:
+    const Input& in_;
+    const Nodes& nodes_;
+    std::vector<Jaccard> jaccards_;
+};
+
+std::vector<std::uint64_t> gather(const Nodes& nodes, const std::vector<Node>& some) {
+    std::vector<std::uint64_t> fingerprints;
+    fingerprints.reserve(some.size());
+    for (const Node node : some) fingerprints.push_back(nodes.fingerprints[node]);
+    return fingerprints;
+}
+
+// --- Representatives --------------------------------------------------------------------------------------------
+
+// Collects pairs as (later << 32 | earlier) up to a budget, beyond which it stops the join.
+class BoundedPairs : public PairSink {
+public:
+    BoundedPairs(unsigned threads, std::size_t budget) : parts_(threads), budget_(budget) {}
+
+    bool take(unsigned thread, std::uint32_t a, std::uint32_t b) override {
+        if (taken_.fetch_add(1, std::memory_order_relaxed) >= budget_) return false;
+        parts_[thread].push_back(std::uint64_t{b} << 32 | a);
+        return true;
+    }
+
+    std::vector<std::uint64_t> sorted() {
+        std::vector<std::uint64_t> all;
+        for (auto& part : parts_) {
+            all.insert(all.end(), part.begin(), part.end());
+            std::vector<std::uint64_t>().swap(part);
+        }
+        std::sort(all.begin(), all.end());
+        return all;
+    }
+
+private:
+    std::vector<std::vector<std::uint64_t>> parts_;
+    std::atomic<std::size_t> taken_{0};
+    const std::size_t budget_;
+};
+
+// The greedy choice. Pairs of a dense set are quadratic in number, so they are never all held: a set with too many is
+// halved, the earlier half is settled first, and what it keeps clears the later half by a join that stores nothing.
+class Representatives {
+public:
+    Representatives(const Input& in, const Nodes& nodes)
+        : in_(in), nodes_(nodes), verify_(in, nodes), stand_in_(nodes.rows.size()),
+          budget_(in.options.pair_budget > 0 ? in.options.pair_budget
+                                             : std::max<std::size_t>(kLeastBudget, 2 * nodes.rows.size())) {
+        std::iota(stand_in_.begin(), stand_in_.end(), Node{0});
+    }
+
+    const std::vector<Node>& run() {
+        std::vector<Node> all(stand_in_);
+        settle(std::move(all));
+        return stand_in_;
+    }
+
+private:
+    static constexpr std::size_t kLeastBudget = std::size_t{1} << 20;
+
+    // Settles nodes that no earlier kept node outside the set claims; returns those kept. Both ascend.
+    std::vector<Node> settle(std::vector<Node> set) {
+        BoundedPairs pairs(in_.options.threads, budget_);
+        const std::vector<std::uint64_t> fingerprints = gather(nodes_, set);
+        const bool whole = self_join(fingerprints.data(), set.size(), in_.options.k, in_.options.threads,
+                                     in_.options.isa, pairs);
+        if (whole) return settle_by_pairs(set, pairs.sorted());
+        const auto middle = set.begin() + static_cast<std::ptrdiff_t>(set.size() / 2);
+        std::vector<Node> later(middle, set.end());
+        set.erase(middle, set.end());
+        std::vector<Node> kept = settle(std::move(set));
+        const std::vector<Node> rest = settle(clear(kept, later));
+        kept.insert(kept.end(), rest.begin(), rest.end());
+        return kept;
+    }
+
+    std::vector<Node> settle_by_pairs(const std::vector<Node>& set, const std::vector<std::uint64_t>& pairs) {
+        for (const std::uint64_t pair : pairs) {
+            const Node later = set[pair >> 32];
+            const Node earlier = set[pair & 0xFFFFFFFFu];
+            const bool open = stand_in_[later] == later && stand_in_[earlier] == earlier;
+            if (open && verify_(0, later, earlier)) stand_in_[later] = earlier;
+        }
+        std::vector<Node> kept;
+        for (const Node node : set)
+            if (stand_in_[node] == node) kept.push_back(node);
+        return kept;
+    }
+
+    // Gives each later node the earliest kept node that claims it; returns the nodes left over.
+    std::vector<Node> clear(const std::vector<Node>& kept, const std::vector<Node>& later) {
+        struct Claim : PairSink {
+            Representatives& self;
+            const std::vector<Node>& kept;
+            const std::vector<Node>& later;
+            std::vector<std::atomic<Node>> best;
+            Claim(Representatives& s, const std::vector<Node>& k, const std::vector<Node>& l)
+                : self(s), kept(k), later(l), best(l.size()) {
+                for (std::size_t i = 0; i < l.size(); ++i) best[i].store(l[i], std::memory_order_relaxed);
+            }
+            bool take(unsigned thread, std::uint32_t a, std::uint32_t b) override {
+                const Node candidate = kept[a];
+                Node known = best[b].load(std::memory_order_relaxed);
+                if (candidate >= known || !self.verify_(thread, candidate, later[b])) return true;
+                while (candidate < known && !best[b].compare_exchange_weak(known, candidate)) {}
+                return true;
+            }
+        } claim(*this, kept, later);
+        const std::vector<std::uint64_t> a = gather(nodes_, kept);
+        const std::vector<std::uint64_t> b = gather(nodes_, later);
+        cross_join(a.data(), a.size(), b.data(), b.size(), in_.options.k, in_.options.threads, in_.options.isa, claim);
+        std::vector<Node> left;
+        for (std::size_t i = 0; i < later.size(); ++i) {
+            stand_in_[later[i]] = claim.best[i].load(std::memory_order_relaxed);
+            if (stand_in_[later[i]] == later[i]) left.push_back(later[i]);
+        }
+        return left;
+    }
+
+    const Input& in_;
+    const Nodes& nodes_;
+    Verifier verify_;
+    std::vector<Node> stand_in_;
+    const std::size_t budget_;
+};
+
+// --- Components -------------------------------------------------------------------------------------------------
+
+// Union-find in which the earliest node of a set is its root. Pairs stream in; none is held.
+class Components : public PairSink {
+public:
+    Components(const Input& in, const Nodes& nodes) : in_(in), nodes_(nodes), verify_(in, nodes), root_(nodes.rows.size()) {
+        std::iota(root_.begin(), root_.end(), Node{0});
+    }
+
+    const std::vector<Node>& run() {
+        self_join(nodes_.fingerprints.data(), nodes_.rows.size(), in_.options.k, in_.options.threads, in_.options.isa,
+                  *this);
+        for (Node node = 0; node < root_.size(); ++node) root_[node] = find(node);
+        return root_;
+    }
+
+    bool take(unsigned thread, std::uint32_t a, std::uint32_t b) override {
+        {
+            const std::lock_guard<std::mutex> lock(guard_);
+            if (find(a) == find(b)) return true;
+        }
+        if (!verify_(thread, a, b)) return true;
+        const std::lock_guard<std::mutex> lock(guard_);
+        const Node x = find(a);
+        const Node y = find(b);
+        root_[std::max(x, y)] = std::min(x, y);
+        return true;
+    }
+
+private:
+    Node find(Node node) {
+        while (root_[node] != node) node = root_[node] = root_[root_[node]];
+        return node;
+    }
+
+    const Input& in_;
+    const Nodes& nodes_;
+    Verifier verify_;
+    std::vector<Node> root_;
+    std::mutex guard_;
+};
+
+}  // namespace
+
+bool NormalisedTexts::is_replaced(std::int64_t row) const {
+    return std::binary_search(rows->begin(), rows->end(), row);
+}
+
+void NormalisedTexts::read(std::int64_t row, CodePoints& out) const {
+    const auto place = std::lower_bound(rows->begin(), rows->end(), row);
+    if (place != rows->end() && *place == row) {
+        decode((*replaced)[place - rows->begin()], out);
+    } else {
+        normalise((*raw)[row], out);
+    }
+}
+
+void cluster(const NormalisedTexts& texts, const std::uint64_t* fingerprints, const RowState* states, std::int64_t n,
+             const ClusterOptions& options, std::int64_t* duplicate_of, std::uint8_t* distance) {
+    const Input in{texts, fingerprints, states, options};
+    std::vector<Row> first(static_cast<std::size_t>(n));
+    std::iota(first.begin(), first.end(), Row{0});
+    find_equal_texts(in, rows_by_fingerprint(in, n), first.data());
+
+    Nodes nodes;
+    for (std::int64_t row = 0; row < n; ++row)
+        if (states[row] == RowState::full && first[static_cast<std::size_t>(row)] == row)
+            nodes.add(in, static_cast<Row>(row));
+    const std::vector<Node> stand_in =
+        options.components ? Components(in, nodes).run() : Representatives(in, nodes).run();
+
+    for (std::int64_t row = 0; row < n; ++row) duplicate_of[row] = first[static_cast<std::size_t>(row)];
+    for (std::size_t node = 0; node < nodes.rows.size(); ++node)
+        duplicate_of[nodes.rows[node]] = nodes.rows[stand_in[node]];
+    // A node's first row comes before its other rows, so its own stand-in is already known.
+    for (std::int64_t row = 0; row < n; ++row) {
+        duplicate_of[row] = duplicate_of[duplicate_of[row]];
+        distance[row] = static_cast<std::uint8_t>(__builtin_popcountll(fingerprints[row] ^ fingerprints[duplicate_of[row]]));
+    }
+}
+
+}  // namespace slmfast

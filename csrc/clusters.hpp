@@ -1,0 +1,47 @@
+// From near pairs to who is kept and who stands for whom.
+//
+// Rows are in order of priority. Rows of equal normalised text are one node, kept or dropped as its first row is.
+//   representative  a node goes when an earlier kept node lies within k and verifies; the earliest such stands for it.
+//                   Chains do not merge.
+//   components      nodes joined by any chain of verified pairs merge; the earliest stands for all.
+// A pair verifies when the sets of its normalised grams have a Jaccard similarity of at least `verify`.
+// Nulls and empty texts are kept and match nothing; texts with few grams match only an equal normalised text.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "isa.hpp"
+#include "simhash.hpp"
+#include "text_column.hpp"
+
+namespace slmfast {
+
+// The texts of a column, of which some rows were normalised elsewhere because their state was `foreign`.
+struct NormalisedTexts {
+    const TextColumn* raw = nullptr;
+    const TextColumn* replaced = nullptr;            // normalised texts ...
+    const std::vector<std::int64_t>* rows = nullptr;  // ... of these rows, ascending
+
+    // The normalised code points of a row, which must not be null.
+    void read(std::int64_t row, CodePoints& out) const;
+    bool is_replaced(std::int64_t row) const;
+};
+
+struct ClusterOptions {
+    int k = 3;
+    bool components = false;
+    bool verified = true;  // false: plain SimHash, `verify` is not looked at
+    double verify = 0.8;
+    int ngram = 3;
+    unsigned threads = 1;
+    Isa isa = Isa::scalar;
+    std::size_t pair_budget = 0;  // most pairs held at once, at least 1; 0: twice the rows, but a million at least
+};
+
+// Fills duplicate_of (a row itself where kept) and the Hamming distance to it, for n < 2^32 rows.
+// No state may be `foreign`.
+void cluster(const NormalisedTexts& texts, const std::uint64_t* fingerprints, const RowState* states, std::int64_t n,
+             const ClusterOptions& options, std::int64_t* duplicate_of, std::uint8_t* distance);
+
+}  // namespace slmfast

@@ -1,0 +1,133 @@
+"""The command line: one sub-command a stage, and run / status / doctor / bench.
+
+A user error is one line on the standard error stream and exit code 2. Commands import what they need when they run,
+so that `slmfast --help` is instant.
+"""
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+
+from slmfast import __version__
+from slmfast.errors import UserError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command and gives the exit code: 0, 2 for a user error, 130 for an interrupt."""
+    arguments = parser().parse_args(argv)
+    _quiet_libraries()
+    from slmfast import commands
+
+    try:
+        return getattr(commands, arguments.command)(arguments) or 0
+    except UserError as error:
+        print(f"slmfast: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("slmfast: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader of our output has gone
+        return 0
+    except OSError as error:
+        if error.filename is None and error.errno is None:
+            raise
+        print(f"slmfast: {error.filename or 'the system'}: {error.strerror or error}", file=sys.stderr)
+        return 2
+
+
+def _quiet_libraries() -> None:
+    """Keeps the libraries' own progress bars and start-up remarks off the user's screen."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    for name in ("bitsandbytes", "lm_eval", "datasets", "lm-eval"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line as argparse knows it."""
+    top = argparse.ArgumentParser(prog="slmfast", description="Post-train small language models on one GPU.")
+    top.add_argument("--version", action="version", version=f"slmfast {__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_run(commands)
+    _add_data_stages(commands)
+    _add_model_stages(commands)
+    doctor = commands.add_parser("doctor", help="what this machine offers, and why not more")
+    doctor.set_defaults(command="doctor")
+    bench = commands.add_parser("bench", help="throughput beside named peers")
+    bench.add_argument("what", choices=["dedup"], help="the hot path to measure")
+    bench.add_argument("rest", nargs=argparse.REMAINDER, help="options of the benchmark itself")
+    return top
+
+
+def _add_run(commands: argparse._SubParsersAction) -> None:
+    run = commands.add_parser("run", help="run a recipe, all stages in order; with none, the built-in miniature")
+    run.add_argument("recipe", nargs="?", type=Path, help="a YAML recipe")
+    run.add_argument("--run-dir", type=Path, help="where everything goes (default: runs/<recipe name>)")
+    run.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe key")
+    run.add_argument("--until", metavar="STAGE", help="stop after this stage")
+    status = commands.add_parser("status", help="which stages of a run are done")
+    status.add_argument("run_dir", nargs="?", type=Path, default=Path("runs/miniature"))
+    report = commands.add_parser("report", help="write a run's report again")
+    report.add_argument("run_dir", nargs="?", type=Path, default=Path("runs/miniature"))
+
+
+def _add_data_stages(commands: argparse._SubParsersAction) -> None:
+    collect = commands.add_parser("collect", help="raw files to records")
+    collect.add_argument("input", nargs="+", help="files or globs of one format")
+    collect.add_argument("--format", required=True, help="belle, coig, camel, dolly, alpaca, ...")
+    collect.add_argument("--name", default="source", help="what the source is called in the records")
+    dedup = commands.add_parser("dedup", help="drop near-duplicates from records or from a table's column")
+    dedup.add_argument("input", type=Path, help="a folder of records, or a Parquet, JSON lines or CSV file")
+    dedup.add_argument("--column", help="the text column of a file that does not hold records")
+    dedup.add_argument("--k", type=int, default=3, help="largest Hamming distance (default 3)")
+    dedup.add_argument("--verify", type=float, default=0.8, help="least Jaccard similarity (default 0.8)")
+    dedup.add_argument("--no-verify", action="store_true", help="plain SimHash, as the paper has it")
+    dedup.add_argument("--mode", choices=["representative", "components"], default="representative")
+    for name, help_text in (
+        ("categorize", "rule categories for records"),
+        ("classify", "labels from a language model"),
+        ("diversify", "a sample balanced over the labels"),
+        ("regenerate", "a large and a small model's replies"),
+        ("rate", "perplexity, safety and quality of every reply"),
+        ("align", "the SFT and the KTO set"),
+    ):
+        stage = commands.add_parser(name, help=help_text)
+        stage.add_argument("input", type=Path, help="the folder that the stage before wrote")
+        stage.set_defaults(command="data_stage", stage=name)
+    for name in ("collect", "dedup", "categorize", "classify", "diversify", "regenerate", "rate", "align"):
+        stage = commands.choices[name]
+        stage.add_argument("-o", "--output", type=Path, required=True, help="the folder to write")
+        stage.add_argument("--recipe", type=Path, help="take settings and models from this recipe")
+        stage.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe key")
+
+
+def _add_model_stages(commands: argparse._SubParsersAction) -> None:
+    train = commands.add_parser("train", help="SFT or KTO of one model")
+    train.add_argument("method", choices=["sft", "kto"])
+    train.add_argument("data", type=Path, help="Parquet in TRL's format: a file or a folder")
+    train.add_argument("--model", required=True, help="the model folder to start from")
+    train.add_argument("--reference", help="KTO's reference model (default: the starting model)")
+    train.add_argument("-o", "--output", type=Path, required=True, help="the model folder to write")
+    train.add_argument("--seed", type=int, default=0)
+    train.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a training setting")
+    fuse = commands.add_parser("fuse", help="a weighted average of models")
+    fuse.add_argument("models", nargs="+", metavar="MODEL=WEIGHT")
+    fuse.add_argument("-o", "--output", type=Path, required=True, help="the model folder to write")
+    fuse.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16 (default float32)")
+    evaluate = commands.add_parser("evaluate", help="score models on lm-eval tasks")
+    evaluate.add_argument("models", nargs="+", metavar="NAME=MODEL", help="model folders, named")
+    evaluate.add_argument("--tasks", required=True, help="task names, separated by commas")
+    evaluate.add_argument("--task-folder", help="a folder of lm-eval task files")
+    evaluate.add_argument("--data", help="what ${DATA} in these files stands for")
+    evaluate.add_argument("--limit", type=int, help="items a task")
+    evaluate.add_argument("--no-chat-template", action="store_true", help="put the bare text to the model")
+    evaluate.add_argument("-o", "--output", type=Path, required=True, help="the JSON file to write")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,213 @@
+"""What each sub-command does. A handler takes the parsed arguments and returns an exit code, None for success."""
+
+import dataclasses
+import importlib.util
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from slmfast import pipeline
+from slmfast.errors import UserError
+from slmfast.job import Job
+from slmfast.recipe import STAGES, Collect, Evaluate, Recipe, Source, build, load_recipe
+from slmfast.store import MANIFEST, write_json
+
+MINIATURE = Path(__file__).parent / "miniature" / "recipe.yaml"
+
+
+def run(arguments: Namespace) -> None:
+    """Runs a recipe and shows the stage table and the scores."""
+    if arguments.until is not None and arguments.until not in STAGES:
+        raise UserError(f"--until {arguments.until}: the stages are {', '.join(STAGES)}")
+    recipe = load_recipe(arguments.recipe or MINIATURE, arguments.set)
+    run_dir = (arguments.run_dir or Path("runs") / recipe.name).absolute()
+    summary = pipeline.run(recipe, run_dir, arguments.until)
+    print()
+    print(pipeline.format_stage_table(summary["stages"]))
+    if "scores" in summary:
+        print()
+        print(format_scores(summary["scores"]))
+        print(f"\nreport: {summary['report']}")
+
+
+def status(arguments: Namespace) -> None:
+    """Shows which stages of a run are done."""
+    run_dir = arguments.run_dir
+    if not (run_dir / "recipe.yaml").exists():
+        raise UserError(f"{run_dir} holds no run: give the --run-dir of a run")
+    recipe = load_recipe(run_dir / "recipe.yaml")
+    fresh = True
+    for name in STAGES:
+        job = pipeline.make_job(name, recipe, run_dir.absolute())
+        fresh = fresh and pipeline.is_up_to_date(job)
+        print(f"{name:<12}{'done' if fresh else _unfinished(job)}")
+    print()
+    print(pipeline.format_stage_table(pipeline.stage_table(run_dir)))
+
+
+def _unfinished(job: Job) -> str:
+    if (job.folder / MANIFEST).exists():
+        return "out of date"
+    return "begun" if job.folder.exists() else "to do"
+
+
+def report(arguments: Namespace) -> None:
+    """Writes a finished run's report again."""
+    run_dir = arguments.run_dir.absolute()
+    if not (run_dir / "evaluate" / MANIFEST).exists():
+        raise UserError(f"{run_dir} has no finished evaluation: end the run first with slmfast run")
+    recipe = load_recipe(run_dir / "recipe.yaml")
+    pipeline.run_stage(pipeline.make_job("report", recipe, run_dir))
+    print(f"report: {run_dir / 'report' / 'report.html'}")
+
+
+def collect(arguments: Namespace) -> None:
+    """Reads raw files of one format into records."""
+    source = Source(name=arguments.name, format=arguments.format, path=arguments.input)
+    recipe = dataclasses.replace(_settings(arguments), collect=Collect(sources=[source]))
+    _run_alone(arguments, recipe, "collect", {})
+
+
+def data_stage(arguments: Namespace) -> None:
+    """Runs one stage on the folder that the stage before it wrote."""
+    stage = arguments.stage
+    _run_alone(arguments, _settings(arguments), stage, _stage_input(stage, arguments.input))
+
+
+def dedup(arguments: Namespace) -> None:
+    """Drops near-duplicates, from records or from one column of any table."""
+    verify = None if arguments.no_verify else arguments.verify
+    values = {"k": arguments.k, "verify": verify, "mode": arguments.mode}
+    if arguments.column is None:
+        recipe = _settings(arguments)
+        settings = dataclasses.replace(recipe.dedup, **values)
+        _run_alone(
+            arguments, dataclasses.replace(recipe, dedup=settings), "dedup", _stage_input("dedup", arguments.input)
+        )
+        return
+    from slmfast.dedup_files import dedup_file
+
+    kept, dropped = dedup_file(arguments.input, arguments.column, arguments.output, **values)
+    print(f"{kept + dropped:,} rows in = {kept:,} kept + {dropped:,} dropped: {arguments.output}")
+
+
+def _settings(arguments: Namespace) -> Recipe:
+    """The recipe that a single stage takes its settings from: the one given, else the defaults."""
+    return load_recipe(arguments.recipe, arguments.set)
+
+
+def _stage_input(stage: str, folder: Path) -> dict[str, Path]:
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder: give the one that the stage before {stage} wrote")
+    return dict.fromkeys(pipeline.stage_module(stage).INPUTS, folder.absolute())
+
+
+def _run_alone(arguments: Namespace, recipe: Recipe, stage: str, inputs: dict[str, Path]) -> None:
+    folder = arguments.output.absolute()
+    job = Job(stage=stage, recipe=recipe, run_dir=folder, folder=folder, inputs=inputs)
+    if folder.exists() and any(folder.iterdir()) and not pipeline.is_stage_folder(folder):
+        raise UserError(f"{folder} holds other files: give a new folder with -o")
+    if pipeline.is_up_to_date(job):
+        print(f"{stage}: up to date")
+    else:
+        pipeline.run_stage(job)
+
+
+def train(arguments: Namespace) -> None:
+    """Trains one model."""
+    from slmfast.training.kto import train_kto
+    from slmfast.training.settings import TrainSettings
+    from slmfast.training.sft import train_sft
+
+    values = dict(_setting(text) for text in arguments.set)
+    settings = build(TrainSettings, values | {"method": arguments.method}, "")
+    common: dict[str, Any] = {"seed": arguments.seed}
+    if arguments.method == "kto":
+        train_kto(arguments.model, arguments.data, arguments.output, settings, reference=arguments.reference, **common)
+    else:
+        train_sft(arguments.model, arguments.data, arguments.output, settings, **common)
+    print(f"trained model: {arguments.output}")
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    key, separator, value = text.partition("=")
+    if not separator:
+        raise UserError(f"--set {text}: write key=value, for instance --set learning_rate=5e-8")
+    return key, yaml.safe_load(value)
+
+
+def fuse(arguments: Namespace) -> None:
+    """Averages models."""
+    from slmfast.fusion import fuse as fuse_models
+
+    weights = {}
+    for text in arguments.models:
+        model, _, weight = text.rpartition("=")
+        if not model:
+            raise UserError(f"{text}: write MODEL=WEIGHT, for instance runs/miniature/train/S1=0.5")
+        try:
+            weights[model] = float(weight)
+        except ValueError as error:
+            raise UserError(f"{text}: the weight is not a number") from error
+    fuse_models(weights, arguments.output, dtype=arguments.dtype)
+    print(f"fused model: {arguments.output}")
+
+
+def evaluate(arguments: Namespace) -> None:
+    """Scores models on lm-eval tasks."""
+    import tempfile
+
+    from slmfast.evaluation import evaluate_model, task_folder
+
+    settings = Evaluate(
+        tasks=arguments.tasks.split(","), limit=arguments.limit, chat_template=not arguments.no_chat_template
+    )
+    scores = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = task_folder(arguments.task_folder, arguments.data, Path(scratch) / "tasks")
+        for text in arguments.models:
+            name, _, model = text.rpartition("=")
+            if not Path(model).is_dir() and model.startswith((".", "/", "~")):
+                raise UserError(f"{model} is not a folder: give NAME=MODEL_FOLDER")
+            scores[name or Path(model).name] = evaluate_model(model, settings, folder, Path(scratch) / "cache").scores
+    write_json(arguments.output, scores)
+    print(format_scores(scores))
+
+
+def format_scores(scores: dict[str, dict[str, Any]]) -> str:
+    """Scores in percent with standard errors, a row a task."""
+    tasks = list(next(iter(scores.values())))
+    lines = [f"{'task':<20}" + "".join(f"{model:>15}" for model in scores)]
+    for task in tasks:
+        cells = []
+        for model in scores:
+            score = scores[model][task]
+            error = "" if score["stderr"] is None else f" ±{100 * score['stderr']:.1f}"
+            cells.append(f"{100 * score['value']:.1f}{error}")
+        lines.append(f"{task:<20}" + "".join(f"{cell:>15}" for cell in cells))
+    return "\n".join(lines)
+
+
+def doctor(arguments: Namespace) -> None:
+    """Says what this machine offers."""
+    from slmfast.doctor import findings
+
+    for name, text in findings():
+        print(f"{name:<22}{text}")
+
+
+def bench(arguments: Namespace) -> int:
+    """Runs a benchmark from the source tree: benchmarks are not part of the installed package."""
+    script = Path(__file__).parent.parent / "bench" / f"{arguments.what}.py"
+    if not script.exists():
+        raise UserError("benchmarks run from a source checkout: clone the repository and install it with make install")
+    spec = importlib.util.spec_from_file_location(f"slmfast_bench_{arguments.what}", script)
+    if spec is None or spec.loader is None:
+        raise UserError(f"{script} can't be loaded: the checkout is damaged")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module.main(arguments.rest) or 0

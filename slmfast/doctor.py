@@ -1,0 +1,56 @@
+"""What is active on this machine, and where something is not, why."""
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+from collections.abc import Iterator
+
+PACKAGES = ("torch", "transformers", "triton", "trl", "bitsandbytes", "lm-eval", "pyarrow", "numba", "datasets")
+OPTIONAL = {
+    "flash-attn": "attention falls back to torch's own; pip install slmfast[cuda] on a CUDA machine adds it",
+}
+
+
+def findings() -> Iterator[tuple[str, str]]:
+    """Yields (what, how it stands) pairs, one line each."""
+    import torch
+
+    yield "python", platform.python_version()
+    yield "processor", f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads"
+    yield "native module", _native()
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        memory = properties.total_memory / 2**30
+        yield "device", f"cuda: {properties.name}, sm_{properties.major}{properties.minor}, {memory:.1f} GiB"
+    else:
+        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU build"
+        yield "device", f"cpu: torch sees no CUDA device (torch {torch.__version__} is {built})"
+    yield "kernels", _kernels(torch.cuda.is_available())
+    for name in PACKAGES:
+        yield name, _version(name) or "missing: reinstall slmfast with its requirements"
+    for name, otherwise in OPTIONAL.items():
+        yield name, _version(name) or f"not installed: {otherwise}"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _native() -> str:
+    try:
+        from slmfast import _native as native
+    except ImportError as error:
+        return f"missing ({error}): install the package with a C++17 compiler at hand"
+    return f"built, instruction set {native.active_isa()}"
+
+
+def _kernels(cuda: bool) -> str:
+    if not cuda:
+        return "eager fp32 twins on the CPU: Triton kernels need a CUDA device"
+    if importlib.util.find_spec("triton") is None:
+        return "eager fp32 twins: the package triton is missing"
+    return "Triton"

@@ -1,0 +1,156 @@
+"""The engine that runs a model here, on transformers: no server, any machine."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import nn
+from transformers import AutoConfig
+
+from slmfast.engines.base import Generation, Prompt
+from slmfast.engines.decoding import Sampling, decode, uniforms
+from slmfast.errors import UserError
+from slmfast.scoring import choose, perplexity
+from slmfast.scoring.encoding import Encoder
+from slmfast.scoring.loading import check_model_name, config_window, evaluating, load_model, load_tokenizer
+
+GENERATION_BATCH = 64  # prompts decoded together
+
+
+class LocalEngine:
+    """Generates and scores with one model of `transformers`.
+
+    Batches are made of a call's whole input by length, so that results depend neither on the input's order nor on what
+    an earlier, broken run had left to do. The weights load at the first use, fp32 on a CPU and bf16 on CUDA.
+
+    Args:
+        model: a model folder or hub name.
+        device, dtype: where and in what the weights load.
+        threads: CPU threads of the model's work; those of torch unless given.
+        batch_tokens: tokens that are scored together.
+        batch_size: prompts that are decoded together.
+
+    Raises:
+        UserError: there is no such model or tokenizer, or the tokenizer has no chat template.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        device: Any = None,
+        dtype: Any = None,
+        threads: int | None = None,
+        batch_tokens: int | None = None,
+        batch_size: int = GENERATION_BATCH,
+    ):
+        if batch_size < 1:
+            raise UserError(f"batch_size is {batch_size}: give a positive number of prompts")
+        if threads is not None and threads < 1:
+            raise UserError(f"threads is {threads}: give a positive number")
+        self.name = check_model_name(model)
+        self.device, self.dtype, self.threads = device, dtype, threads
+        self.batch_tokens, self.batch_size = batch_tokens, batch_size
+        self.encoder = Encoder(load_tokenizer(self.name))
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The model itself, loaded when it is first asked for."""
+        return load_model(self.name, device=self.device, dtype=self.dtype)
+
+    @cached_property
+    def window(self) -> int:
+        """The most tokens that a prompt and its reply may have together."""
+        return config_window(AutoConfig.from_pretrained(self.name, trust_remote_code=False))
+
+    def count_tokens(self, prompts: Sequence[Prompt]) -> list[int]:
+        """The length in tokens of each rendered prompt."""
+        return [len(ids) for ids in self.encoder.prompts(prompts)]
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> list[Generation]:
+        """A reply to each prompt, in input order; see `Engine.generate`.
+
+        Equal prompts of one call are sampled differently, each in the same way in every call.
+        """
+        if max_new_tokens < 1:
+            raise UserError(f"max_new_tokens is {max_new_tokens}: give a positive number")
+        sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
+        encoded = self.encoder.prompts(prompts)
+        for i, ids in enumerate(encoded):
+            if len(ids) + max_new_tokens > self.window:
+                raise UserError(
+                    f"prompt {i} has {len(ids)} tokens and leaves no room for {max_new_tokens} new ones in a window "
+                    f"of {self.window}: leave it out (count_tokens tells) or lower max_new_tokens"
+                )
+        occurrences = _occurrences(encoded)
+        order = sorted(range(len(encoded)), key=lambda i: (len(encoded[i]), encoded[i], occurrences[i]))
+        replies: dict[int, Generation] = {}
+        with self._threads(), evaluating(self.model):
+            for start in range(0, len(order), self.batch_size):
+                batch = order[start : start + self.batch_size]
+                ids = [encoded[i] for i in batch]
+                draws = None
+                if temperature > 0:
+                    draws = np.stack([uniforms(encoded[i], occurrences[i], max_new_tokens, seed) for i in batch])
+                tokens = decode(self.model, ids, self._ends, max_new_tokens, draws, sampling)
+                replies.update(zip(batch, map(self._generation, tokens), strict=True))
+        return [replies[i] for i in range(len(encoded))]
+
+    def choose(self, prompts: Sequence[Prompt], choices: Sequence[str]) -> np.ndarray:
+        """The log-probability of each whole choice, float64 [n, len(choices)]; see slmfast.choose."""
+        with self._threads():
+            return choose(
+                self.model, self.encoder.tokenizer, prompts, choices, batch_tokens=self.batch_tokens, progress=False
+            )
+
+    def perplexity(self, prompts: Sequence[Prompt], replies: Sequence[Sequence[str | None]]) -> pa.Table:
+        """One row a reply; see slmfast.perplexity."""
+        with self._threads():
+            return perplexity(
+                self.model, self.encoder.tokenizer, prompts, replies, batch_tokens=self.batch_tokens, progress=False
+            )
+
+    @cached_property
+    def _ends(self) -> frozenset[int]:
+        """The tokens that close a reply: the template's, and those that the model's own generation config names."""
+        configured = getattr(self.model.generation_config, "eos_token_id", None)
+        several = configured if isinstance(configured, list | tuple) else [configured]
+        return frozenset([self.encoder.closing_token, *(token for token in several if token is not None)])
+
+    def _generation(self, tokens: list[int]) -> Generation:
+        text = self.encoder.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+        return Generation(text, "stop" if tokens[-1] in self._ends else "length", len(tokens))
+
+    @contextmanager
+    def _threads(self) -> Iterator[None]:
+        """The engine's own number of torch threads inside, the caller's after."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.threads or before)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+
+def _occurrences(prompts: list[list[int]]) -> list[int]:
+    """For each prompt how many equal ones stand before it."""
+    seen: Counter[tuple[int, ...]] = Counter()
+    numbers = []
+    for prompt in map(tuple, prompts):
+        numbers.append(seen[prompt])
+        seen[prompt] += 1
+    return numbers

@@ -1,0 +1,8 @@
+"""The one error that users see as a single line: it names what is wrong and what mends it."""
+
+
+class UserError(Exception):
+    """Something outside the program is wrong: a file, a recipe key, a flag.
+
+    The message names the thing and its remedy. The command line prints it without a traceback and exits with 2.
+    """

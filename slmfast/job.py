@@ -1,0 +1,161 @@
+"""What a stage is given, and the two ways in which stages walk through rows: as a stream, or in units of work."""
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from slmfast.errors import UserError
+from slmfast.progress import Progress
+from slmfast.recipe import Recipe, expand
+from slmfast.records import DROPPED_SCHEMA
+from slmfast.store import WORK, count_rows, read_batches, shard_path, table_schema, write_table
+
+BUILTIN = "builtin:"
+BUILTIN_MODELS = Path(__file__).parent / "miniature" / "models"
+
+
+class Counts(NamedTuple):
+    """What became of the instructions that a stage was given. `rows_in` is None where a stage doesn't take any."""
+
+    rows_in: int | None
+    out: int
+    dropped: int = 0
+    rejected: int = 0
+
+    def check(self, stage: str) -> None:
+        """Raises RuntimeError where rows went missing or came from nowhere: a fault of ours, never of the input."""
+        if self.rows_in is not None and self.rows_in != self.out + self.dropped + self.rejected:
+            raise RuntimeError(
+                f"{stage} is out of balance: {self.rows_in} in, but {self.out} out + {self.dropped} dropped + "
+                f"{self.rejected} rejected; please report this with the run's recipe"
+            )
+
+
+@dataclass
+class Job:
+    """One stage's piece of a run: its settings, where its inputs lie, and the folder that is its alone."""
+
+    stage: str
+    recipe: Recipe
+    run_dir: Path
+    folder: Path
+    inputs: dict[str, Path]  # the folder of each stage that this one reads
+    notes: dict[str, Any] = field(default_factory=dict)  # plain figures for the manifest, which the report reads
+
+    @property
+    def settings(self) -> Any:
+        """The recipe's section of this stage."""
+        return getattr(self.recipe, self.stage)
+
+    @property
+    def work(self) -> Path:
+        """A folder for partial work, which goes when the stage is done."""
+        folder = self.folder / WORK
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def table(self, name: str) -> Path:
+        """The folder of one of this stage's own tables."""
+        return self.folder / name
+
+    def input(self, stage: str, table: str = "records") -> Path:
+        """The folder of a table of an earlier stage, or of a table given by itself."""
+        folder = self.inputs[stage]
+        return folder / table if (folder / table).is_dir() or table != "records" else folder
+
+    def model(self, role: str) -> str:
+        """The folder or hub name of the model in a role: base, large, small or judge."""
+        return resolve_model(self.recipe, role, self.run_dir)
+
+
+def resolve_model(recipe: Recipe, role: str, run_dir: Path) -> str:
+    """The folder or hub name of the model that a recipe gives a role.
+
+    Raises UserError where a folder is named that isn't there.
+    """
+    key = f"models.{role}"
+    name = getattr(recipe.models, role)
+    if role == "judge" and name is None:
+        key, name = "models.large", recipe.models.large
+    if name.startswith(BUILTIN):
+        folder = BUILTIN_MODELS / name.removeprefix(BUILTIN)
+        if not (folder / "config.json").is_file():
+            known = ", ".join(BUILTIN + p.name for p in sorted(BUILTIN_MODELS.iterdir()) if p.is_dir())
+            raise UserError(f"recipe key {key}: there is no {name}; the built-in models are {known}")
+        return str(folder)
+    name = expand(name, {"RUN": run_dir}, key)
+    local = Path(name).expanduser()
+    if local.is_dir():
+        if not (local / "config.json").is_file():
+            raise UserError(f"recipe key {key}: {local} holds no config.json; give a complete model folder")
+        return str(local)
+    # "owner/name" may be a hub name; anything that looks like a path must exist.
+    if name.startswith((".", "/", "~")) or name.count("/") != 1 or os.environ.get("HF_HUB_OFFLINE") == "1":
+        raise UserError(f"recipe key {key}: no model at {name}; give a model folder, a hub name or {BUILTIN}large")
+    return name
+
+
+def dropped_row(stage: str, row: dict[str, Any], reason: str) -> dict[str, Any]:
+    """A row of the `dropped` table for a record that a stage doesn't keep."""
+    kept = {name: row[name] for name in ("id", "source", "source_row")}
+    return {**kept, "stage": stage, "reason": reason, "duplicate_of": None, "distance": None}
+
+
+def rebatch(table: Path, rows: int) -> Iterator[pa.Table]:
+    """Streams a table in pieces of exactly `rows` rows, the last one excepted."""
+    pending: list[pa.RecordBatch] = []
+    have = 0
+    for batch in read_batches(table, rows=rows):
+        while batch.num_rows:
+            piece = batch.slice(0, rows - have)
+            pending.append(piece)
+            have += piece.num_rows
+            batch = batch.slice(piece.num_rows)
+            if have == rows:
+                yield pa.Table.from_batches(pending)
+                pending, have = [], 0
+    if pending:
+        yield pa.Table.from_batches(pending)
+
+
+Unit = Callable[[list[dict[str, Any]]], tuple[list[dict[str, Any]], list[dict[str, Any]]]]
+
+
+def run_units(job: Job, source: Path, columns: list[pa.Field], rows: int, work: Unit, first_dropped: int = 0) -> None:
+    """Puts a table through `work` in units of `rows` rows, each of which is written whole or not at all.
+
+    `work` takes rows as dictionaries and gives the rows to keep, with the new `columns` filled in, and rows for the
+    `dropped` table. Unit i becomes shard i of `records` and shard `first_dropped` + i of `dropped`. Units that an
+    earlier, broken run has finished stay as they are, so a unit must be a function of its own rows alone.
+    """
+    schema = table_schema(source)
+    for column in columns:
+        schema = schema.append(column)
+    progress = Progress(job.stage, count_rows(source))
+    for number, table in enumerate(rebatch(source, rows)):
+        kept_path = shard_path(job.table("records"), number)
+        if not kept_path.exists():
+            kept, dropped = work(table.to_pylist())
+            # The dropped rows first: that the unit's records exist says that all of it does.
+            dropped_path = shard_path(job.table("dropped"), first_dropped + number)
+            write_table(dropped_path, pa.Table.from_pylist(dropped, schema=DROPPED_SCHEMA))
+            write_table(kept_path, pa.Table.from_pylist(kept, schema=schema))
+        progress.add(table.num_rows)
+    progress.close()
+    if not shard_path(job.table("records"), 0).exists():
+        write_table(shard_path(job.table("records"), 0), pa.Table.from_pylist([], schema=schema))
+
+
+def unit_counts(job: Job, source: Path) -> Counts:
+    """The balance of a stage whose tables are written, read from the shards' footers."""
+    return Counts(count_rows(source), count_rows(job.table("records")), count_rows(job.table("dropped")))
+
+
+def shard_rows(path: Path) -> int:
+    """The number of rows of one shard."""
+    return pq.read_metadata(path).num_rows

@@ -1,0 +1,188 @@
+"""A model folder: its weights by name, read one at a time, and everything that makes it complete beside them.
+
+Weights are safetensors alone, one file or several with an index; pickled ones are not read. The writer streams: it
+never holds more than one tensor, and its bytes depend on the names, shapes and values alone (a file that carries more
+metadata than `format` would be written in random order).
+"""
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slmfast.errors import UserError
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+TIED_HEAD = "lm_head.weight"
+TIED_EMBEDDING = "model.embed_tokens.weight"
+NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".index.json", ".py", ".md", ".gguf", ".h5", ".msgpack", ".onnx")
+NOT_COPIED_NAMES = {"config.json", "training.json", "training_log.json", "fusion.json", "scores.json"}
+
+# The safetensors format's names of the element types that are written here.
+TYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+}
+
+
+def check_model_folder(path: Path) -> Path:
+    """The folder itself; a UserError where it is no model folder with safetensors."""
+    if not (path / "config.json").is_file():
+        raise UserError(f"{path} is no model folder (no config.json): give the folder of a saved model")
+    if not (path / SINGLE).is_file() and not (path / INDEX).is_file():
+        raise UserError(f"{path} holds no {SINGLE}: save the model as safetensors")
+    return path
+
+
+class ModelWeights:
+    """The tensors of a model folder, opened lazily; use it as a context manager.
+
+    The head of a model with tied embeddings is the embedding: a second copy of it in the file is not a name here.
+    """
+
+    def __init__(self, path: Path):
+        self.path = check_model_folder(path)
+        self._files: dict[str, Path] = {}
+        self._open: dict[Path, Any] = {}
+        for file in self._weight_files():
+            for name in self._handle(file).keys():
+                self._files[name] = file
+        if _read_config(path).get("tie_word_embeddings") and TIED_EMBEDDING in self._files:
+            self._files.pop(TIED_HEAD, None)
+
+    def _weight_files(self) -> list[Path]:
+        if (self.path / SINGLE).is_file():
+            return [self.path / SINGLE]
+        names = json.loads((self.path / INDEX).read_text(encoding="utf-8"))["weight_map"].values()
+        files = [self.path / name for name in sorted(set(names))]
+        for file in files:
+            if not file.is_file():
+                raise UserError(f"{file} is missing though {INDEX} names it: fetch the whole model")
+        return files
+
+    def _handle(self, file: Path) -> Any:
+        from safetensors import SafetensorError, safe_open
+
+        if file not in self._open:
+            try:
+                self._open[file] = safe_open(file, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{file} can't be read as safetensors ({error}): fetch or save it again") from error
+        return self._open[file]
+
+    @property
+    def names(self) -> list[str]:
+        """The names of all tensors, sorted."""
+        return sorted(self._files)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape, from the file's header."""
+        return tuple(self._handle(self._files[name]).get_slice(name).get_shape())
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._handle(self._files[name]).get_tensor(name)
+
+    def __enter__(self) -> "ModelWeights":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._open.clear()
+
+
+def check_same_tensors(first: ModelWeights, other: ModelWeights) -> None:
+    """A UserError that names the first tensor by whose name or shape two models differ."""
+    for name in sorted(set(first.names) ^ set(other.names)):
+        owner, lacking = (first, other) if name in first.names else (other, first)
+        raise UserError(f"{lacking.path} has no tensor {name}, which {owner.path} has: take models of one architecture")
+    for name in first.names:
+        if first.shape(name) != other.shape(name):
+            raise UserError(
+                f"tensor {name} is {list(first.shape(name))} in {first.path} and {list(other.shape(name))} in "
+                f"{other.path}: take models of one architecture"
+            )
+
+
+def write_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, tensors: Iterable[Tensor]):
+    """Writes one safetensors file of `dtype`, a tensor at a time, in the order of `shapes`."""
+    write_typed_tensors(path, {name: (dtype, tuple(shape)) for name, shape in shapes.items()}, tensors)
+
+
+def write_typed_tensors(
+    path: Path, layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], tensors: Iterable[Tensor]
+) -> None:
+    """Writes one safetensors file whose tensors have the given types and shapes, in the order of `layout`.
+
+    The format: the header's length as a little-endian u64, the header in JSON padded with spaces to 8 bytes, the data.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, (dtype, shape) in layout.items():
+        end = offset + torch.Size(shape).numel() * dtype.itemsize
+        header[name] = {"dtype": TYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for (name, (dtype, shape)), tensor in zip(layout.items(), tensors, strict=True):
+            if tensor.shape != torch.Size(shape):
+                raise ValueError(f"tensor {name} is {tuple(tensor.shape)}, its header says {tuple(shape)}")
+            data = tensor.detach().to("cpu", dtype).contiguous()
+            file.write(memoryview(data.reshape(-1).view(torch.uint8).numpy()))
+
+
+def write_companions(source: Path, target: Path, dtype: torch.dtype) -> None:
+    """Makes `target` a complete model folder but for its weights: what lies beside those of `source`.
+
+    Copies tokenizer, chat template and generation config, writes config.json with the new `dtype`, and makes a
+    generation config of the config's token ids where there is none.
+    """
+    for file in sorted(source.iterdir()):
+        copied = file.is_file() and not file.name.endswith(NOT_COPIED) and file.name not in NOT_COPIED_NAMES
+        if copied and not file.name.startswith("."):
+            shutil.copyfile(file, target / file.name)
+    config = _read_config(source)
+    config.pop("torch_dtype", None)
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    _write_json(target / "config.json", config)
+    if not (target / "generation_config.json").exists():
+        ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
+        _write_json(target / "generation_config.json", {"_from_model_config": True, **ids})
+
+
+def check_output(output: Path, card: str, inputs: Iterable[Path]) -> None:
+    """Refuses to put a model where it would replace anything but an earlier result of the same kind.
+
+    Args:
+        card: the file that marks such a result.
+    """
+    for path in inputs:
+        if output.resolve() == Path(path).resolve():
+            raise UserError(f"{output} is also an input: choose another output folder")
+    if output.exists() and not (output.is_dir() and ((output / card).is_file() or not any(_entries(output)))):
+        raise UserError(f"{output} exists and holds no {card} of an earlier run: choose another output folder")
+
+
+def _entries(folder: Path) -> Iterator[Path]:
+    return (entry for entry in folder.iterdir() if entry.name != ".work")
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path / 'config.json'} is damaged ({error}): fetch or save the model again") from error
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, ensure_ascii=False, indent=2, sort_keys=True) + "\n", encoding="utf-8")

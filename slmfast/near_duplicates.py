@@ -1,0 +1,145 @@
+"""Near-duplicates of texts: SimHash fingerprints, the pairs within a Hamming distance, and who stands for whom.
+
+The work is done by the native module; the fingerprints' frozen format is written down in csrc/simhash.hpp, the join
+in csrc/hamming_join.hpp, the choice of representatives in csrc/clusters.hpp. Results are the same on any number of
+threads and any instruction set. The environment variable SLMFAST_ISA (scalar, avx2, avx512) forces the latter.
+
+Source: SimHash for near-duplicates is Charikar (2002) and Manku, Jain and Das Sarma (2007); 64 bits and k = 3 are the
+latter's and the pipeline's paper's.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from slmfast import _native
+from slmfast.arrow_texts import native_texts, normalised_rows, text_column
+
+MODES = ("representative", "components")
+
+
+@dataclass(frozen=True, eq=False)
+class DedupResult:
+    """Which rows stay and which stand for the others; one value a row, in input order."""
+
+    keep: np.ndarray
+    """bool[n]: whether the row stays."""
+    duplicate_of: np.ndarray
+    """int64[n]: the row that stands for it; the row itself where it is kept."""
+    distance: np.ndarray
+    """uint8[n]: the Hamming distance to that row's fingerprint; 0 where kept."""
+
+    @property
+    def n_kept(self) -> int:
+        """How many rows stay."""
+        return int(np.count_nonzero(self.keep))
+
+
+def simhash(texts: Any, *, ngram: int = 3, threads: int = 0) -> np.ndarray:
+    """SimHash fingerprints over character n-grams of the NFKC-normalised, lower-case texts.
+
+    Args:
+        texts: see slmfast.dedup.
+        ngram: code points in a gram, 1 to 9. Shorter texts are one gram.
+        threads: 0 uses every core that the process may run on.
+
+    Returns:
+        uint64[n]. Nulls and empty texts get 0, which says nothing about likeness: dedup leaves them alone.
+
+    Raises:
+        TypeError, ValueError: as slmfast.dedup.
+    """
+    return _fingerprints(text_column(texts), ngram, threads).values
+
+
+def near_pairs(fingerprints: Any, k: int = 3, *, threads: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """All pairs of fingerprints within Hamming distance k. Exact.
+
+    Args:
+        fingerprints: uint64[n], n < 2^32 - 1.
+        k: 0 to 8.
+        threads: 0 uses every core that the process may run on.
+
+    Returns:
+        (i int64[m], j int64[m], distance uint8[m]): each pair once, i < j, sorted by i and then j. Equal fingerprints
+        give all their pairs, so m is quadratic in the size of such a group; dedup never holds these.
+
+    Raises:
+        TypeError: the fingerprints are not uint64.
+        ValueError: they are not one-dimensional, or k or threads is out of range.
+    """
+    values = np.asarray(fingerprints)
+    if values.dtype != np.uint64 and values.size:
+        raise TypeError(f"fingerprints must be uint64, not {values.dtype}: pass what slmfast.simhash gives")
+    return _native.near_pairs(np.ascontiguousarray(values, dtype=np.uint64), k, threads)
+
+
+def dedup(
+    texts: Any,
+    *,
+    k: int = 3,
+    mode: str = "representative",
+    verify: float | None = 0.8,
+    ngram: int = 3,
+    threads: int = 0,
+) -> DedupResult:
+    """Finds near-duplicates and the row that stands for each.
+
+    Rows are in order of priority. A null or an empty text is never a duplicate; a text of fewer than 4 different grams
+    is one only of a row with equal normalised text.
+
+    Args:
+        texts: n rows, as anything with the Arrow PyCapsule interface (pyarrow, polars, pandas), a column of
+            `datasets`, or a list of str and None. Arrow strings are read in place.
+        k: greatest Hamming distance of two fingerprints, 0 to 8.
+        mode: "representative": a row goes when an earlier kept row lies within k and verifies, and the earliest such
+            row stands for it; chains do not merge. "components": rows that any chain of such pairs connects become
+            one, for which the earliest stands; its distance may then exceed k.
+        verify: least Jaccard similarity, 0 to 1, of the two rows' sets of normalised grams. None is plain SimHash.
+        ngram: code points in a gram, 1 to 9.
+        threads: 0 uses every core that the process may run on.
+
+    Returns:
+        A DedupResult of n rows.
+
+    Raises:
+        TypeError: texts is not a column of strings.
+        ValueError: a row is not valid Unicode (the message names it), or a setting is out of range.
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode must be {' or '.join(MODES)}, not {mode!r}")
+    column = text_column(texts)
+    found = _fingerprints(column, ngram, threads)
+    duplicate_of, distance = _native.cluster(
+        native_texts(column),
+        native_texts(found.replaced),
+        found.replaced_rows,
+        found.values,
+        found.states,
+        k=k,
+        components=mode == "components",
+        verify=verify,
+        ngram=ngram,
+        threads=threads,
+    )
+    return DedupResult(duplicate_of == np.arange(len(duplicate_of)), duplicate_of, distance)
+
+
+@dataclass(frozen=True)
+class _Fingerprints:
+    values: np.ndarray  # uint64[n]
+    states: np.ndarray  # uint8[n], the native RowState
+    replaced_rows: np.ndarray  # int64: the rows that Python normalised
+    replaced: pa.ChunkedArray  # their normalised texts
+
+
+def _fingerprints(column: pa.ChunkedArray, ngram: int, threads: int) -> _Fingerprints:
+    values, states = _native.fingerprints(native_texts(column), normalised=False, ngram=ngram, threads=threads)
+    rows = np.flatnonzero(states == _native.FOREIGN)
+    replaced = normalised_rows(column, rows)
+    values[rows], states[rows] = _native.fingerprints(
+        native_texts(replaced), normalised=True, ngram=ngram, threads=threads
+    )
+    return _Fingerprints(values, states, rows, replaced)

@@ -1,0 +1,225 @@
+"""The stages in order: which are up to date, which run, and the balance that each must show.
+
+A stage runs again when its key changes. The key covers its settings, the seed, the content of the models it uses and
+the digests of what the stages before it wrote, so a changed setting re-runs just what depends on it.
+"""
+
+import dataclasses
+import fcntl
+import importlib
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from slmfast import __version__
+from slmfast.errors import UserError
+from slmfast.job import Counts, Job, resolve_model
+from slmfast.recipe import STAGES, TRAINED, Recipe, dump_recipe
+from slmfast.store import (
+    MANIFEST,
+    WORK,
+    atomic_path,
+    digest,
+    model_digest,
+    output_digests,
+    read_json,
+    remove,
+    remove_temporaries,
+    write_json,
+)
+
+SUMMARY = "summary.json"
+
+
+def stage_module(name: str) -> ModuleType:
+    """The module of a stage. It has INPUTS (stages it reads), MODELS (roles it uses) and run(job) -> Counts."""
+    return importlib.import_module(f"slmfast.stages.{name}")
+
+
+def run(recipe: Recipe, run_dir: Path, last: str | None = None) -> dict[str, Any]:
+    """Runs all stages that are not up to date, up to `last` if given, and returns what summary.json holds."""
+    recipe.require_complete()
+    for role in ("base", "large", "small", "judge"):
+        resolve_model(recipe, role, run_dir)  # a missing model shows before hours of work, not after
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with _only_run(run_dir):
+        remove_temporaries(run_dir)
+        with atomic_path(run_dir / "recipe.yaml") as temporary:
+            temporary.write_text(dump_recipe(recipe), encoding="utf-8")
+        _set_threads(recipe)
+        _write_world(recipe, run_dir)
+        for name in STAGES[: STAGES.index(last) + 1 if last else None]:
+            job = make_job(name, recipe, run_dir)
+            if is_up_to_date(job):
+                print(f"{name}: up to date", flush=True)
+            else:
+                run_stage(job)
+        if last in (None, STAGES[-1]):
+            summary = summarize(recipe, run_dir)
+            write_json(run_dir / SUMMARY, summary)
+            return summary
+    return {"stages": stage_table(run_dir)}
+
+
+@contextmanager
+def _only_run(run_dir: Path) -> Iterator[None]:
+    """Holds the run's folder: two runs in one folder would tear each other's files."""
+    with (run_dir / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{run_dir} is in use by another run: wait for it or give another --run-dir") from error
+        yield
+
+
+def _set_threads(recipe: Recipe) -> None:
+    if recipe.threads is not None:
+        import torch
+
+        torch.set_num_threads(recipe.threads)
+
+
+def _write_world(recipe: Recipe, run_dir: Path) -> None:
+    """Writes the miniature's raw files, once for each size and seed."""
+    if recipe.world is None:
+        return
+    from slmfast.miniature.world import write_world
+
+    folder, wanted = run_dir / "raw", dataclasses.asdict(recipe.world) | {"version": __version__}
+    written = folder / "world.json"
+    if written.exists() and read_json(written) == wanted:
+        return
+    with atomic_path(folder) as temporary:
+        write_world(temporary, size=recipe.world.size, seed=recipe.world.seed)
+        write_json(temporary / "world.json", wanted)
+
+
+def make_job(name: str, recipe: Recipe, run_dir: Path) -> Job:
+    """The job of a stage in a run folder, its inputs being the folders of the stages that it reads."""
+    inputs = {stage: run_dir / stage for stage in stage_module(name).INPUTS}
+    return Job(stage=name, recipe=recipe, run_dir=run_dir, folder=run_dir / name, inputs=inputs)
+
+
+def job_key(job: Job) -> str:
+    """A hash of everything that a stage's outputs depend on."""
+    module = stage_module(job.stage)
+    models = {}
+    for role in module.MODELS:
+        path = resolve_model(job.recipe, role, job.run_dir)
+        models[role] = model_digest(Path(path)) if Path(path).is_dir() else path
+    return digest(
+        {
+            "stage": job.stage,
+            "version": __version__,
+            "settings": dataclasses.asdict(job.settings),
+            "seed": job.recipe.seed,
+            "models": models,
+            "engine": job.recipe.models.engine if module.MODELS else None,
+            "inputs": _input_digests(job),
+            "files": module.files(job) if hasattr(module, "files") else None,
+        }
+    )
+
+
+def _input_digests(job: Job) -> dict[str, str]:
+    """The digest of what each stage before wrote; of a folder without a manifest, that of its files."""
+    digests = {}
+    for stage, folder in job.inputs.items():
+        manifest = folder / MANIFEST
+        digests[stage] = read_json(manifest)["digest"] if manifest.exists() else digest(output_digests(folder))
+    return digests
+
+
+def is_stage_folder(folder: Path) -> bool:
+    """Whether a folder is one that a stage has written or begun, so that it may be written again."""
+    return (folder / MANIFEST).exists() or (folder / WORK / "key").exists()
+
+
+def is_up_to_date(job: Job) -> bool:
+    """Whether a stage has finished with the settings and inputs of now, and its files are still there."""
+    path = job.folder / MANIFEST
+    if not path.exists():
+        return False
+    manifest = read_json(path)
+    if manifest["key"] != job_key(job):
+        return False
+    return all((job.folder / name).exists() for name in manifest["outputs"])
+
+
+def run_stage(job: Job) -> None:
+    """Runs one stage, going on from what a broken run of the same key has finished, and writes its manifest."""
+    key = job_key(job)
+    begun = job.folder / WORK / "key"
+    if (job.folder / MANIFEST).exists() or not begun.exists() or begun.read_text() != key:
+        remove(job.folder)
+    with atomic_path(begun) as temporary:
+        temporary.write_text(key)
+    print(f"{job.stage}: running", flush=True)
+    start = time.monotonic()
+    counts: Counts = stage_module(job.stage).run(job)
+    counts.check(job.stage)
+    seconds = round(time.monotonic() - start, 2)
+    outputs = output_digests(job.folder)
+    write_json(
+        job.folder / MANIFEST,
+        {
+            "stage": job.stage,
+            "key": key,
+            "settings": dataclasses.asdict(job.settings),
+            "seed": job.recipe.seed,
+            "inputs": _input_digests(job),
+            "code_version": __version__,
+            "counts": counts._asdict(),
+            "notes": job.notes,
+            "outputs": outputs,
+            "digest": digest(outputs),
+            "seconds": seconds,
+        },
+    )
+    remove(job.folder / WORK)
+    print(f"{job.stage}: {describe(counts)} in {seconds:.1f} s", flush=True)
+
+
+def describe(counts: Counts) -> str:
+    """One stage's balance in words."""
+    if counts.rows_in is None:
+        return f"{counts.out:,} out"
+    return f"{counts.rows_in:,} in = {counts.out:,} out + {counts.dropped:,} dropped + {counts.rejected:,} rejected"
+
+
+def stage_table(run_dir: Path) -> dict[str, dict[str, Any]]:
+    """The counts and seconds of every finished stage, by name, in order."""
+    table = {}
+    for name in STAGES:
+        path = run_dir / name / MANIFEST
+        if path.exists():
+            manifest = read_json(path)
+            counts = manifest["counts"]
+            table[name] = {"in": counts["rows_in"]} | {k: counts[k] for k in ("out", "dropped", "rejected")}
+            table[name]["seconds"] = manifest["seconds"]
+    return table
+
+
+def summarize(recipe: Recipe, run_dir: Path) -> dict[str, Any]:
+    """The content of summary.json."""
+    models = {"base": resolve_model(recipe, "base", run_dir)}
+    models |= {name: str(run_dir / "train" / name) for name in TRAINED}
+    models["fused"] = str(run_dir / "fuse" / "fused")
+    return {
+        "stages": stage_table(run_dir),
+        "models": models,
+        "scores": read_json(run_dir / "evaluate" / "scores.json"),
+        "report": str(run_dir / "report" / "report.html"),
+    }
+
+
+def format_stage_table(stages: dict[str, dict[str, Any]]) -> str:
+    """The stage table as aligned text."""
+    lines = [f"{'stage':<12}{'in':>10}{'out':>10}{'dropped':>10}{'rejected':>10}{'seconds':>10}"]
+    for name, row in stages.items():
+        cells = ["-" if row[key] is None else f"{row[key]:,}" for key in ("in", "out", "dropped", "rejected")]
+        lines.append(f"{name:<12}" + "".join(f"{cell:>10}" for cell in cells) + f"{row['seconds']:>10.1f}")
+    return "\n".join(lines)

@@ -1,0 +1,201 @@
+"""One file -> its raw objects, whatever it is wrapped in: JSON, JSON lines, CSV or Parquet; plain, gz, zst or tar.
+
+JSON lines and JSON arrays are told apart by their first characters, not by name: many a `.json` holds lines.
+"""
+
+import csv
+import gzip
+import io
+import tarfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from slmfast.readers.json_stream import MAX_VALUE_BYTES, Broken, Malformed, read_array, read_lines, read_values
+
+_HEAD_BYTES = 1 << 16  # what is looked at to tell the shape of a file
+_PARQUET_ROWS = 1024
+_UTF8_BOM = b"\xef\xbb\xbf"
+_UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
+_TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+
+
+class Raw(NamedTuple):
+    """A raw object as it stands in a file, or Malformed in its place."""
+
+    member: str  # the file's name inside an archive; empty outside one
+    line: int  # 1-based; in a JSON array the number of the element, in Parquet of the row
+    value: Any
+
+
+def read_file(path: Path) -> Iterator[Raw]:
+    """Yields the raw objects of a file in order.
+
+    Raises Broken where the rest of the file can't be read, and OSError where it can't be opened.
+    """
+    name = path.name.lower()
+    if name.endswith(".parquet"):
+        yield from (Raw("", row, value) for row, value in _read_parquet(path))
+    elif name.endswith(_TAR_SUFFIXES):
+        yield from _read_tar(path)
+    else:
+        with path.open("rb") as file:
+            yield from (Raw("", line, value) for line, value in _read_packed(file, name))
+
+
+def _read_packed(file: BinaryIO, name: str) -> Iterator[tuple[int, Any]]:
+    """Reads a file that may be compressed; damage to the compression ends the reading as Broken."""
+    stem, _, suffix = name.rpartition(".")
+    if suffix == "gz":
+        try:
+            with gzip.open(file) as stream:
+                yield from _read_text(stream, stem)
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise Broken(f"damaged gzip data: {error}") from error
+    elif suffix in ("zst", "zstd"):
+        import zstandard
+
+        try:
+            with zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True) as stream:
+                yield from _read_text(stream, stem)
+        except zstandard.ZstdError as error:
+            raise Broken(f"damaged zstd data: {error}") from error
+    else:
+        yield from _read_text(file, name)
+
+
+def _read_tar(path: Path) -> Iterator[Raw]:
+    """Reads the members in archive order. A member that breaks costs only its own rest."""
+    try:
+        with tarfile.open(path, mode="r|*") as archive:
+            for member in archive:
+                # Names with a leading dot are the droppings of file managers ("._data.json"), never data.
+                if not member.isfile() or Path(member.name).name.startswith("."):
+                    continue
+                yield from _read_member(archive.extractfile(member), member.name)
+    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise Broken(f"damaged tar archive: {error}") from error
+
+
+def _read_member(stream: BinaryIO, name: str) -> Iterator[Raw]:
+    number = 0
+    try:
+        for line, value in _read_packed(stream, name.lower()):
+            number = line
+            yield Raw(name, line, value)
+    except Broken as error:
+        yield Raw(name, number + 1, Malformed(f"nothing more of this member can be read: {error}"))
+
+
+def _read_text(stream: BinaryIO, name: str) -> Iterator[tuple[int, Any]]:
+    head = _read_exactly(stream, _HEAD_BYTES)
+    if not head.strip():
+        raise Broken("it is empty")
+    if head.startswith(_UTF16_BOMS):
+        raise Broken("it is UTF-16, not UTF-8")
+    start = len(_UTF8_BOM) if head.startswith(_UTF8_BOM) else 0
+    whole = io.BufferedReader(_Replay(head[start:], stream), buffer_size=_HEAD_BYTES)
+    if name.endswith(".csv"):
+        yield from _read_csv(whole)
+        return
+    shape = _json_shape(head[start:], name)
+    yield from {"lines": read_lines, "array": read_array, "values": read_values}[shape](whole)
+
+
+def _json_shape(head: bytes, name: str) -> str:
+    """Tells from a file's beginning whether it holds lines, an array, or values that span lines."""
+    text = head.lstrip()
+    first, _, rest = text.partition(b"\n")
+    if first.strip() == b"{" and not rest.lstrip().startswith(b"{"):
+        return "values"
+    if not text.startswith(b"["):
+        return "lines"
+    after = text[1:].lstrip()[:1]
+    if after not in (b"{", b"]", b"") and name.endswith((".jsonl", ".ndjson")):
+        return "lines"
+    if rest.strip() and first.rstrip().endswith(b"]"):
+        try:
+            alone = not isinstance(next(read_lines(io.BytesIO(first)))[1], Malformed)
+        except StopIteration:
+            alone = False
+        return "lines" if alone else "array"
+    return "array"
+
+
+def _read_csv(stream: BinaryIO) -> Iterator[tuple[int, Any]]:
+    """Yields (line of its beginning, row as a dict of columns) for each row under the header."""
+    csv.field_size_limit(MAX_VALUE_BYTES)
+    text = io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape", newline="")
+    rows = csv.reader(text, strict=True)
+    try:
+        header = next(rows, [])
+    except csv.Error as error:
+        raise Broken(f"broken CSV header: {error}") from error
+    while True:
+        line = rows.line_num + 1
+        try:
+            cells = next(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield line, Malformed(f"broken CSV: {error}")
+            continue
+        if len(cells) == len(header):
+            yield line, dict(zip(header, cells, strict=True))
+        elif cells:
+            yield line, Malformed(f"{len(cells)} cells under a header of {len(header)} columns")
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    number = 0
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
+                for value in _rows(batch):
+                    number += 1
+                    yield number, value
+    except pa.ArrowException as error:
+        raise Broken(f"damaged Parquet data after row {number}: {' '.join(str(error).split())}") from error
+
+
+def _rows(batch: Any) -> list[Any]:
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError:  # one bad row must not cost the others
+        return [_row(batch, i) for i in range(batch.num_rows)]
+
+
+def _row(batch: Any, i: int) -> Any:
+    try:
+        return batch.slice(i, 1).to_pylist()[0]
+    except UnicodeDecodeError as error:
+        return Malformed(f"text that is not UTF-8: {error.reason}")
+
+
+def _read_exactly(stream: BinaryIO, size: int) -> bytes:
+    parts = []
+    while size > 0 and (data := stream.read(size)):
+        parts.append(data)
+        size -= len(data)
+    return b"".join(parts)
+
+
+class _Replay(io.RawIOBase):
+    """A stream whose beginning has been read already, whole again. Compressed streams can't seek back cheaply."""
+
+    def __init__(self, head: bytes, stream: BinaryIO) -> None:
+        self._head = head
+        self._stream = stream
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:
+        data = self._head[: len(buffer)] or self._stream.read(len(buffer))
+        self._head = self._head[len(buffer) :]
+        buffer[: len(data)] = data
+        return len(data)

@@ -1,0 +1,352 @@
+"""The recipe: everything that a run depends on, as validated dataclasses read from YAML.
+
+A recipe has one section a stage, under the stage's name. Each value that can't be right is refused at once, with the
+key that holds it and what to write instead. Paths may hold `${NAME}`: an environment variable, `${RUN}`, the run's
+own folder, or `${RECIPE}`, the folder of the recipe's file.
+"""
+
+import dataclasses
+import difflib
+import os
+import re
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from slmfast.errors import UserError
+from slmfast.training.settings import TrainSettings
+
+STAGES = (
+    "collect",
+    "categorize",
+    "dedup",
+    "classify",
+    "diversify",
+    "regenerate",
+    "rate",
+    "align",
+    "train",
+    "fuse",
+    "evaluate",
+    "report",
+)
+TRAINED = ("S1", "S2", "S3")
+
+
+def _require(condition: bool, key: str, remedy: str) -> None:
+    if not condition:
+        raise UserError(f"recipe key {key}: {remedy}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """The built-in miniature world: raw files that the run writes for itself."""
+
+    size: int = 6000  # raw records
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require(self.size >= 100, "world.size", "give at least 100 records")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Models:
+    """Who answers, who judges and who is trained: folders, hub names, or builtin:large, builtin:small, builtin:base."""
+
+    base: str = "builtin:base"  # the model to be trained
+    large: str = "builtin:large"  # writes the large replies and the labels
+    small: str = "builtin:small"  # writes the small replies
+    judge: str | None = None  # rates replies; the large model unless named
+    engine: str = "local"  # who runs them: local (transformers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """One source of raw records."""
+
+    name: str
+    format: str  # a name that slmfast.readers knows
+    path: str | list[str]  # files or globs
+    licence: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collect:
+    sources: list[Source] = field(default_factory=list)  # in order of priority: of two duplicates the earlier stays
+    max_text_bytes: int = 1 << 20  # a longer prompt or reply is rejected
+
+    def __post_init__(self) -> None:
+        names = [source.name for source in self.sources]
+        _require(len(set(names)) == len(names), "collect.sources", "give every source a name of its own")
+        _require(self.max_text_bytes > 0, "collect.max_text_bytes", "give a positive number of bytes")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Categorize:
+    rules: str | None = None  # a YAML of rules; the built-in one unless named
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dedup:
+    k: int = 3  # the largest Hamming distance of two duplicates
+    mode: str = "representative"  # or components: chains merge
+    verify: float | None = 0.8  # least Jaccard similarity of the 3-grams; null: plain SimHash
+    ngram: int = 3
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.k <= 8, "dedup.k", "give a distance from 0 to 8")
+        _require(self.mode in ("representative", "components"), "dedup.mode", "use representative or components")
+        _require(self.verify is None or 0 <= self.verify <= 1, "dedup.verify", "give a share from 0 to 1, or null")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classify:
+    sample: int | None = None  # label only so many records, chosen by a seeded hash; all of them unless given
+    max_new_tokens: int = 32
+    unit_rows: int = 1024  # rows that are labelled, written and, after a break, redone together
+
+    def __post_init__(self) -> None:
+        _require(self.sample is None or self.sample > 0, "classify.sample", "give a positive number, or null for all")
+        _require(self.max_new_tokens > 0, "classify.max_new_tokens", "give a positive number")
+        _require(self.unit_rows > 0, "classify.unit_rows", "give a positive number")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diversify:
+    target: int = 500_000  # records to keep
+    min_label_count: int = 10  # labels with fewer records go
+
+    def __post_init__(self) -> None:
+        _require(self.target > 0, "diversify.target", "give a positive number")
+        _require(self.min_label_count >= 0, "diversify.min_label_count", "give zero or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Regenerate:
+    max_new_tokens: int = 1024
+    temperature: float = 0.0  # 0: greedy
+    top_p: float = 1.0
+    unit_rows: int = 512
+
+    def __post_init__(self) -> None:
+        _require(self.max_new_tokens > 0, "regenerate.max_new_tokens", "give a positive number")
+        _require(self.temperature >= 0, "regenerate.temperature", "give zero (greedy) or more")
+        _require(0 < self.top_p <= 1, "regenerate.top_p", "give a share above 0, at most 1")
+        _require(self.unit_rows > 0, "regenerate.unit_rows", "give a positive number")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rate:
+    unit_rows: int = 512
+
+    def __post_init__(self) -> None:
+        _require(self.unit_rows > 0, "rate.unit_rows", "give a positive number")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Align:
+    sft_size: int = 100_000  # SFT rows at most, water-filled over the labels
+    positives_per_negative: float = 2.0
+    max_reply_tokens: int | None = None  # a longer reply never wins
+    outlier_fences: float = 3.0  # a reply that many quartile ranges above the third quartile of bits a token never wins
+
+    def __post_init__(self) -> None:
+        _require(self.sft_size > 0, "align.sft_size", "give a positive number")
+        _require(self.positives_per_negative > 0, "align.positives_per_negative", "give a positive number")
+        _require(self.outlier_fences > 0, "align.outlier_fences", "give a positive number")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """The three trainings of the study. S1 is SFT, S2 is KTO, S3 is KTO from S1."""
+
+    S1: TrainSettings = field(default_factory=lambda: TrainSettings(method="sft", learning_rate=5e-8))
+    S2: TrainSettings = field(default_factory=lambda: TrainSettings(method="kto", learning_rate=1e-8))
+    S3: TrainSettings = field(default_factory=lambda: TrainSettings(method="kto", learning_rate=3e-8))
+
+    def __post_init__(self) -> None:
+        methods = (self.S1.method, self.S2.method, self.S3.method)
+        _require(methods == ("sft", "kto", "kto"), "train", "S1 is method sft, S2 and S3 are method kto")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fuse:
+    weights: dict[str, float] = field(default_factory=lambda: {"S1": 1.0, "S2": 1.0, "S3": 1.0})
+
+    def __post_init__(self) -> None:
+        known = set(self.weights) <= {"base", *TRAINED}
+        _require(known and bool(self.weights), "fuse.weights", "weigh base, S1, S2 and S3 and nothing else")
+        positive = all(weight >= 0 for weight in self.weights.values()) and sum(self.weights.values()) > 0
+        _require(positive, "fuse.weights", "give weights of zero or more, one of them positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    tasks: list[str] = field(default_factory=list)  # names that lm-eval knows, or files of `task_folder`
+    task_folder: str | None = None  # lm-eval task files of our own; builtin:miniature for the miniature's
+    data: str | None = None  # what ${DATA} in those files stands for
+    limit: int | None = None  # items a task
+    batch_size: int = 64
+    chat_template: bool = True  # put each question as a user turn
+
+    def __post_init__(self) -> None:
+        _require(self.limit is None or self.limit > 0, "evaluate.limit", "give a positive number, or null for all")
+        _require(self.batch_size > 0, "evaluate.batch_size", "give a positive number")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    title: str = "Post-training report"
+    note: str | None = None  # a sentence that stands above all figures
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A whole run. Sections left out take their defaults."""
+
+    name: str = "run"
+    seed: int = 0
+    threads: int | None = None  # of compute; all cores unless given
+    world: World | None = None  # the miniature's raw files, written before collect
+    models: Models = field(default_factory=Models)
+    collect: Collect = field(default_factory=Collect)
+    categorize: Categorize = field(default_factory=Categorize)
+    dedup: Dedup = field(default_factory=Dedup)
+    classify: Classify = field(default_factory=Classify)
+    diversify: Diversify = field(default_factory=Diversify)
+    regenerate: Regenerate = field(default_factory=Regenerate)
+    rate: Rate = field(default_factory=Rate)
+    align: Align = field(default_factory=Align)
+    train: Train = field(default_factory=Train)
+    fuse: Fuse = field(default_factory=Fuse)
+    evaluate: Evaluate = field(default_factory=Evaluate)
+    report: Report = field(default_factory=Report)
+
+    def __post_init__(self) -> None:
+        valid = re.fullmatch(r"[\w][\w.-]*", self.name) is not None
+        _require(valid, "name", "use letters, digits, dots, dashes and underscores: it names the run's folder")
+        _require(self.threads is None or self.threads > 0, "threads", "give a positive number, or null for all cores")
+
+    def require_complete(self) -> None:
+        """Raises UserError where a whole run has nothing to read or nothing to answer; a single stage may."""
+        _require(len(self.collect.sources) > 0, "collect.sources", "name at least one source")
+        _require(len(self.evaluate.tasks) > 0, "evaluate.tasks", "name at least one task")
+
+
+def load_recipe(path: Path | None, overrides: list[str] | None = None) -> Recipe:
+    """Reads a YAML recipe, or takes the defaults, and applies `key.sub=value` overrides, whose values are YAML too."""
+    raw = {} if path is None else _read_yaml(path)
+    for override in overrides or []:
+        _override(raw, override)
+    return build(Recipe, raw, "")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        raw = yaml.safe_load(text.replace("${RECIPE}", str(path.absolute().parent)))
+    except FileNotFoundError as error:
+        raise UserError(f"no recipe at {path}: give the path of a YAML file, or none for the miniature") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} is not a recipe: it must be a mapping with the sections of a recipe")
+    return raw
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The whole recipe as YAML, defaults included, which load_recipe reads back to an equal one."""
+    return yaml.safe_dump(dataclasses.asdict(recipe), allow_unicode=True, sort_keys=False)
+
+
+def _override(raw: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise UserError(f"--set {override}: write key=value, for instance --set dedup.k=4")
+    *parents, last = key.split(".")
+    for parent in parents:
+        raw = raw.setdefault(parent, {})
+        if not isinstance(raw, dict):
+            raise UserError(f"--set {override}: {parent} is not a section of the recipe")
+    try:
+        raw[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {override}: the value is not YAML") from error
+
+
+def build(kind: Any, value: Any, key: str) -> Any:
+    """Makes a value of type `kind` from plain YAML data; an error names the key and says what belongs there."""
+    origin = typing.get_origin(kind)
+    if origin in (typing.Union, types.UnionType):
+        return _build_union(kind, value, key)
+    if origin is list:
+        _require(isinstance(value, list), key, f"give a list, not {value!r}")
+        return [build(typing.get_args(kind)[0], item, f"{key}[{i}]") for i, item in enumerate(value)]
+    if origin is dict:
+        _require(isinstance(value, dict), key, f"give a mapping, not {value!r}")
+        return {str(name): build(typing.get_args(kind)[1], item, f"{key}.{name}") for name, item in value.items()}
+    if dataclasses.is_dataclass(kind):
+        return _build_dataclass(kind, value, key)
+    if kind is float and isinstance(value, str | int) and not isinstance(value, bool):
+        return _number(value, key)  # YAML 1.1 reads 5e-8 as text
+    _require(type(value) is kind, key, f"give {_NAMES[kind]}, not {value!r}")
+    return value
+
+
+_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+
+
+def _number(value: str | int, key: str) -> float:
+    try:
+        return float(value)
+    except ValueError as error:
+        raise UserError(f"recipe key {key}: give a number, not {value!r}") from error
+
+
+def _build_union(kind: Any, value: Any, key: str) -> Any:
+    options = typing.get_args(kind)
+    if value is None and type(None) in options:
+        return None
+    options = [option for option in options if option is not type(None)]
+    for option in options[:-1]:
+        if isinstance(value, typing.get_origin(option) or option):
+            return build(option, value, key)
+    return build(options[-1], value, key)
+
+
+def _build_dataclass(kind: Any, value: Any, key: str) -> Any:
+    _require(isinstance(value, dict), key or "(top)", f"give a mapping, not {value!r}")
+    hints = typing.get_type_hints(kind)
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    prefix = f"{key}." if key else ""
+    for name in value:
+        if name not in fields:
+            near = difflib.get_close_matches(str(name), fields, n=1)
+            remedy = f"did you mean {prefix}{near[0]}?" if near else f"the keys here are {', '.join(fields)}"
+            raise UserError(f"recipe key {prefix}{name} is unknown: {remedy}")
+    for name, f in fields.items():
+        optional = f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING
+        _require(optional or name in value, f"{prefix}{name}", "is missing: add it")
+    try:
+        return kind(**{name: build(hints[name], item, f"{prefix}{name}") for name, item in value.items()})
+    except UserError as error:
+        # Sections check themselves and know their keys but not, where one class serves several, their place.
+        raise error if key == "" or key in str(error) else UserError(f"recipe section {key}: {error}") from error
+
+
+def expand(text: str, folders: dict[str, Path], key: str) -> str:
+    """Replaces each `${NAME}` by one of `folders` or an environment variable; an unset one is a user error."""
+
+    def value(match: re.Match[str]) -> str:
+        name = match.group(1)
+        if name in folders:
+            return str(folders[name])
+        if name not in os.environ:
+            raise UserError(f"recipe key {key} needs the environment variable {name}: set it to a folder")
+        return os.environ[name]
+
+    return re.sub(r"\$\{(\w+)\}", value, text)

@@ -1,0 +1,69 @@
+"""What a record is: its Arrow schema, its id, and the two side tables that account for every row not kept.
+
+One schema runs through the whole pipeline. Later stages append columns and never rewrite earlier ones.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+
+import pyarrow as pa
+
+MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string())])
+
+RECORD_SCHEMA = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),  # 32 hex digits, see record_id
+        pa.field("source", pa.string(), nullable=False),  # the recipe's name for where it came from
+        pa.field("source_row", pa.int64(), nullable=False),  # 0-based number of the record in its source
+        pa.field("language", pa.string(), nullable=False),  # zh, en or other
+        pa.field("source_category", pa.string()),  # what the source itself says, if anything
+        pa.field("prompt", pa.list_(MESSAGE), nullable=False),  # every turn before the last assistant turn
+        pa.field("reply", pa.string(), nullable=False),  # the last assistant turn
+    ]
+)
+
+DROPPED_SCHEMA = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("source_row", pa.int64(), nullable=False),
+        pa.field("stage", pa.string(), nullable=False),
+        pa.field("reason", pa.string(), nullable=False),
+        pa.field("duplicate_of", pa.string()),  # for a duplicate: the id of the row that stands for it
+        pa.field("distance", pa.uint8()),  # for a duplicate: the Hamming distance of the two fingerprints
+    ]
+)
+
+REJECTED_SCHEMA = pa.schema(
+    [
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("file", pa.string(), nullable=False),
+        pa.field("line", pa.int64(), nullable=False),  # 1-based; in a JSON array, the number of the element
+        pa.field("reason", pa.string(), nullable=False),
+    ]
+)
+
+
+def record_id(source: str, prompt: Sequence[dict[str, str]], reply: str) -> str:
+    """A stable 128-bit id in hex of a record's source and content.
+
+    The same content from the same source has the same id on every machine and in every run.
+    """
+    content = json.dumps([source, [[m["role"], m["content"]] for m in prompt], reply], ensure_ascii=False)
+    return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+
+
+def prompt_text(prompt: Sequence[dict[str, str]]) -> str:
+    """All turns of a prompt as one text: what is hashed, labelled and judged.
+
+    A single turn is its content alone; of several, each begins with its role.
+    """
+    if len(prompt) == 1:
+        return prompt[0]["content"]
+    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+
+
+def conversation(prompt: Sequence[dict[str, str]], reply: str) -> list[dict[str, str]]:
+    """The whole conversation, the reply as its last turn."""
+    return [*prompt, {"role": "assistant", "content": reply}]

@@ -1,0 +1,60 @@
+"""What the finished stages of a run left behind. What a run hasn't got reads as empty, so that any run has a report."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from slmfast.recipe import Recipe
+from slmfast.store import MANIFEST, count_rows, read_batches, read_json, shards, table_schema
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run's recipe and the folders of its stages."""
+
+    root: Path
+    recipe: Recipe
+    stages: dict[str, Path]  # the folder of each stage that the report reads, in the order of the pipeline
+
+    def manifest(self, stage: str) -> dict[str, Any]:
+        """The manifest of a stage; empty where the stage hasn't run."""
+        path = self.stages[stage] / MANIFEST
+        return read_json(path) if path.exists() else {}
+
+    def notes(self, stage: str) -> dict[str, Any]:
+        """The plain figures that a stage noted in its manifest."""
+        return self.manifest(stage).get("notes", {})
+
+    def rows(self, stage: str, table: str = "records") -> int:
+        """How many rows a table of a stage holds; 0 where there is none."""
+        return count_rows(self.stages[stage] / table)
+
+    def table(self, stage: str, columns: Sequence[str], table: str = "records") -> Path | None:
+        """The folder of a stage's table if it is there and has all of these columns, else None."""
+        folder = self.stages[stage] / table
+        if not shards(folder) or not set(columns) <= set(table_schema(folder).names):
+            return None
+        return folder
+
+    def count_by(self, stage: str, column: str, table: str = "records", where: str | None = None) -> Counter[str]:
+        """How many rows of a table have each value of a column, streamed; only rows whose `where` column is true."""
+        counts: Counter[str] = Counter()
+        columns = [column] if where is None else [column, where]
+        folder = self.table(stage, columns, table)
+        if folder is None:
+            return counts
+        for batch in read_batches(folder, columns=columns, rows=1 << 16):
+            if where is not None:
+                batch = batch.filter(batch.column(where))
+            groups = pa.Table.from_batches([batch]).group_by(column).aggregate([([], "count_all")])
+            counts.update(dict(zip(*(groups.column(name).to_pylist() for name in (column, "count_all")), strict=True)))
+        return counts
+
+    def json(self, stage: str, *names: str) -> Any:
+        """A JSON file below a stage's folder, or None."""
+        path = self.stages[stage].joinpath(*names)
+        return read_json(path) if path.exists() else None

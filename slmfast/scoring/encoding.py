@@ -1,0 +1,92 @@
+"""From text to token ids: rendered prompts, replies, and the token that closes a reply.
+
+Prompt and reply are tokenised separately and joined, so that a reply's tokens don't depend on the prompt before it.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from jinja2 import TemplateError
+
+from slmfast.errors import UserError
+
+Message = dict[str, str]
+Prompt = str | Sequence[Message]
+
+_MARK = "\ue000"  # a private-use character stands for a reply when a template is asked what follows one
+
+
+class Encoder:
+    """Makes token ids of prompts and replies.
+
+    With template "chat" a prompt (a str is one user turn) is rendered with the tokenizer's chat template and the
+    generation prompt, and the closing token is the special token that the template writes after a reply. With None
+    prompts are raw text and the closing token is the end-of-sequence token. No other special token is ever added.
+    """
+
+    def __init__(self, tokenizer: Any, template: str | None = "chat"):
+        if template not in ("chat", None):
+            raise UserError(f"template {template!r} is unknown: use 'chat', or None for raw text")
+        if template == "chat" and not getattr(tokenizer, "chat_template", None):
+            raise UserError("the tokenizer has no chat template: set tokenizer.chat_template, or pass template=None")
+        self.tokenizer, self.template = tokenizer, template
+        self.closing_token = self._closing_token()
+
+    def prompts(self, prompts: Iterable[Prompt]) -> list[list[int]]:
+        """The token ids of each prompt. Raises UserError naming the prompt that can't be rendered."""
+        return self._tokenize([self._render(i, prompt) for i, prompt in enumerate(prompts)])
+
+    def replies(self, replies: Sequence[str]) -> list[list[int]]:
+        """The token ids of each reply, without the closing token."""
+        return self._tokenize(list(replies))
+
+    def start_token(self) -> int:
+        """What an unconditional score begins with: bos, or eos where there is no bos (lm-eval's convention)."""
+        for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
+            if token is not None:
+                return token
+        raise UserError("the tokenizer has neither a bos nor an eos token: set one of them")
+
+    def _closing_token(self) -> int:
+        if self.template == "chat":
+            chat = [{"role": "user", "content": _MARK}, {"role": "assistant", "content": _MARK}]
+            rendered = self._apply(chat, generation=False)
+            after = self._tokenize([rendered.rpartition(_MARK)[2]])[0]
+            if after and after[0] in self.tokenizer.all_special_ids:
+                return after[0]
+        if self.tokenizer.eos_token_id is None:
+            raise UserError("the tokenizer has no token that closes a reply: set tokenizer.eos_token")
+        return self.tokenizer.eos_token_id
+
+    def _render(self, index: int, prompt: Prompt) -> str:
+        if self.template is None:
+            if not isinstance(prompt, str):
+                raise UserError(f"prompt {index} is no str: with template=None give raw text")
+            return prompt
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        if not _are_messages(messages):
+            raise UserError(f"prompt {index} is neither a str nor a list of {{role, content}} messages")
+        try:
+            return self._apply(list(messages), generation=True)
+        except TemplateError as error:
+            raise UserError(f"the chat template refuses prompt {index} ({error}): mend its roles and order") from error
+
+    def _apply(self, messages: list[Message], *, generation: bool) -> str:
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
+
+    def _tokenize(self, texts: list[str]) -> list[list[int]]:
+        # verbose=False: a text over the tokenizer's own idea of a window is our business, not a warning's.
+        return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+
+
+def _are_messages(value: Any) -> bool:
+    return (
+        isinstance(value, Sequence)
+        and len(value) > 0
+        and all(
+            isinstance(message, dict)
+            and isinstance(message.get("role"), str)
+            and isinstance(message.get("content"), str)
+            for message in value
+        )
+    )

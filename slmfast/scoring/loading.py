@@ -1,0 +1,148 @@
+"""Models and tokenizers from a path, as scoring and generation need them; a user's mistake is one line."""
+
+import re
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from slmfast.errors import UserError
+
+ModelLike = nn.Module | str | Path
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
+
+
+def check_model_name(name: str | Path) -> str:
+    """The name as transformers takes it: an existing model folder, or a hub name "owner/model".
+
+    Raises UserError for anything else.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"{path} holds no config.json: give a complete model folder")
+        return str(path)
+    if not _HUB_NAME.fullmatch(str(name)):
+        raise UserError(f"no model at {name}: give an existing model folder or a hub name (owner/model)")
+    return str(name)
+
+
+def load_tokenizer(name: str | Path) -> Any:
+    """The tokenizer of a model folder or hub name. Raises UserError where there is none."""
+    checked = check_model_name(name)
+    folder = Path(checked)
+    # From a folder without any of these transformers makes a tokenizer that knows no text.
+    if folder.is_dir() and not any((folder / file).is_file() for file in _TOKENIZER_FILES):
+        raise UserError(f"{name} holds no tokenizer ({', '.join(_TOKENIZER_FILES)}): add the model's tokenizer files")
+    try:
+        return AutoTokenizer.from_pretrained(checked, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"no tokenizer loads from {name} ({_first_line(error)}): add its tokenizer files") from error
+
+
+def load_model(
+    name: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype | str | None = None
+) -> nn.Module:
+    """A causal language model in evaluation mode: fp32 on a CPU, bf16 on CUDA unless `dtype` says otherwise.
+
+    Raises UserError where no model loads from `name`.
+    """
+    checked = check_model_name(name)
+    device = resolve_device(device)
+    dtype = resolve_dtype(dtype, device)
+    try:
+        with _quiet():
+            model = AutoModelForCausalLM.from_pretrained(
+                checked, dtype=dtype, trust_remote_code=False, use_safetensors=True
+            )
+    except (OSError, ValueError) as error:
+        raise UserError(f"no model loads from {name} ({_first_line(error)}): give a complete model folder") from error
+    if device.type == "cpu":
+        # Loaded tensors lie as the file has them, and BLAS may choose its path by alignment: copies lie alike, always.
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
+    return model.to(device).eval()
+
+
+def resolve_device(device: str | torch.device | None) -> torch.device:
+    """The device asked for; CUDA where there is one if none is named."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(device)
+
+
+def resolve_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:
+    """The dtype asked for, by object or by name; fp32 on a CPU and bf16 elsewhere if none is named."""
+    if dtype is None:
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(resolved, torch.dtype) or not resolved.is_floating_point:
+        raise UserError(f"dtype {dtype!r} is unknown: use float32, bfloat16 or float16")
+    return resolved
+
+
+def as_model(model: ModelLike, device: Any, dtype: Any) -> nn.Module:
+    """A module as it is, a path loaded. Raises UserError where a module would have to be changed."""
+    if not isinstance(model, nn.Module):
+        return load_model(model, device=device, dtype=dtype)
+    weight = next(model.parameters())
+    if device is not None and torch.device(device).type != weight.device.type:
+        raise UserError(f"the module is on {weight.device}, not {device}: move it there, or pass its folder's path")
+    if dtype is not None and resolve_dtype(dtype, weight.device) != weight.dtype:
+        raise UserError(f"the module is {weight.dtype}, not {dtype}: convert it, or pass its folder's path")
+    return model
+
+
+def as_tokenizer(tokenizer: Any, model: ModelLike) -> Any:
+    """A tokenizer as it is, or loaded from a path; None takes the one in the model's folder."""
+    if tokenizer is None:
+        if isinstance(model, nn.Module):
+            raise UserError("a module brings no tokenizer: pass one, or its folder's path")
+        tokenizer = model
+    return load_tokenizer(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer
+
+
+def model_window(model: nn.Module) -> int:
+    """How many tokens the model was made for."""
+    return config_window(model.config)
+
+
+def config_window(config: Any) -> int:
+    """How many tokens a model of this configuration was made for."""
+    window = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if window is None:
+        raise UserError(f"{type(config).__name__} states no max_position_embeddings: pass window=")
+    return window
+
+
+@contextmanager
+def evaluating(model: nn.Module):
+    """Evaluation mode and no gradients inside; the module's own mode comes back after."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        model.train(training)
+
+
+@contextmanager
+def _quiet():
+    """Keeps transformers' bars off the user's screen inside: a stage shows a progress of its own."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0].rstrip(".")

@@ -1,0 +1,92 @@
+"""Classify: a language model gives every instruction a label "Primary Category-Secondary Category" (the paper, 3.4)."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from slmfast.engines import open_engine
+from slmfast.engines.base import Engine
+from slmfast.job import Counts, Job, dropped_row, run_units
+from slmfast.labels import parse_label
+from slmfast.prompts import label_prompt
+from slmfast.records import DROPPED_SCHEMA, prompt_text
+from slmfast.sampling import seeded_hashes, smallest
+from slmfast.store import ROWS_PER_SHARD, ShardWriter, atomic_path, count_rows, read_batches, table_schema
+
+INPUTS = ("dedup",)
+MODELS = ("large",)
+
+COLUMNS = [pa.field("label", pa.string(), nullable=False), pa.field("label_reply", pa.string(), nullable=False)]
+RETRY_TEMPERATURE = 0.7  # asked again greedily, a model would say the same again
+
+
+def run(job: Job) -> Counts:
+    """Adds `label`, and `label_reply`, the words it was read from; what can't be labelled goes to `dropped`."""
+    everything = job.input("dedup")
+    source, first_dropped = _sample(job, everything)
+    engine = open_engine(job.recipe.models.engine, job.model("large"))
+    run_units(job, source, COLUMNS, job.settings.unit_rows, lambda rows: _label_rows(job, engine, rows), first_dropped)
+    return Counts(count_rows(everything), count_rows(job.table("records")), count_rows(job.table("dropped")))
+
+
+def _sample(job: Job, everything: Path) -> tuple[Path, int]:
+    """Narrows the records down to the recipe's seeded sub-sample; gives its table and its number of dropped shards."""
+    size = job.settings.sample
+    if size is None:
+        return everything, 0
+    folder = job.work / "sampled"
+    ids = (i for batch in read_batches(everything, columns=["id"]) for i in batch.column("id").to_pylist())
+    keep = smallest(seeded_hashes(ids, job.recipe.seed, "classify"), size)
+    if not folder.exists():
+        with atomic_path(folder) as temporary:
+            _split(job, everything, keep, temporary)
+    return folder, math.ceil(max(1, np.count_nonzero(~keep)) / ROWS_PER_SHARD)
+
+
+def _split(job: Job, everything: Path, keep: np.ndarray, folder: Path) -> None:
+    reason = f"outside the seeded sample of {job.settings.sample} records (classify.sample)"
+    start = 0
+    with (
+        ShardWriter(folder, table_schema(everything)) as sampled,
+        ShardWriter(job.table("dropped"), DROPPED_SCHEMA) as dropped,
+    ):
+        for batch in read_batches(everything):
+            mask = keep[start : start + batch.num_rows]
+            start += batch.num_rows
+            sampled.write(batch.filter(pa.array(mask)))
+            gone = batch.filter(pa.array(~mask)).select(["id", "source", "source_row"])
+            dropped.write([dropped_row(job.stage, row, reason) for row in gone.to_pylist()])
+
+
+def _label_rows(
+    job: Job, engine: Engine, rows: list[dict[str, Any]]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    prompts = [label_prompt(prompt_text(row["prompt"])) for row in rows]
+    room = engine.window - job.settings.max_new_tokens
+    fits = [tokens <= room for tokens in engine.count_tokens(prompts)]
+    asked = [i for i, fit in enumerate(fits) if fit]
+    labels = dict.fromkeys(range(len(rows)), (None, ""))
+    for temperature in (0.0, RETRY_TEMPERATURE):
+        replies = engine.generate(
+            [prompts[i] for i in asked],
+            max_new_tokens=job.settings.max_new_tokens,
+            temperature=temperature,
+            seed=job.recipe.seed,
+        )
+        for i, reply in zip(asked, replies, strict=True):
+            labels[i] = parse_label(reply.text), reply.text
+        asked = [i for i in asked if labels[i][0] is None]
+        if not asked:
+            break
+    kept, dropped = [], []
+    for i, row in enumerate(rows):
+        label, reply = labels[i]
+        if label is not None:
+            kept.append(row | {"label": label, "label_reply": reply})
+        else:
+            reason = "unparsed label" if fits[i] else f"over the labelling model's window of {engine.window} tokens"
+            dropped.append(dropped_row(job.stage, row, reason))
+    return kept, dropped

@@ -1,0 +1,89 @@
+"""Collect: raw files of many formats become records of one schema (the paper, section 3.2).
+
+Sources are read in the recipe's order, which is their priority: of two duplicates the earlier one stays. A raw record
+that can't be one of ours goes to `rejected` with its file, line and reason.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from slmfast.errors import UserError
+from slmfast.job import Counts, Job
+from slmfast.language import detect
+from slmfast.progress import Progress
+from slmfast.readers import Record, Rejection, expand_paths, read_source
+from slmfast.recipe import Source, expand
+from slmfast.records import RECORD_SCHEMA, REJECTED_SCHEMA, prompt_text, record_id
+from slmfast.store import ShardWriter, file_digest
+
+INPUTS: tuple[str, ...] = ()
+MODELS: tuple[str, ...] = ()
+
+BATCH = 2048
+
+
+def source_paths(job: Job, source: Source) -> list[Path]:
+    """The files of a source, sorted, its globs and variables resolved."""
+    patterns = [source.path] if isinstance(source.path, str) else source.path
+    key = f"collect.sources.{source.name}.path"
+    return expand_paths([expand(pattern, {"RUN": job.run_dir}, key) for pattern in patterns])
+
+
+def files(job: Job) -> dict[str, list[str]]:
+    """The content hashes of all raw files: collect runs again when one of them changes."""
+    return {source.name: [file_digest(path) for path in source_paths(job, source)] for source in job.settings.sources}
+
+
+def run(job: Job) -> Counts:
+    """Reads every source into `records` and `rejected`."""
+    progress = Progress("collect")
+    per_source: dict[str, dict[str, int]] = {}
+    with (
+        ShardWriter(job.table("records"), RECORD_SCHEMA) as records,
+        ShardWriter(job.table("rejected"), REJECTED_SCHEMA) as rejected,
+    ):
+        for source in job.settings.sources:
+            before = records.rows, rejected.rows
+            for batch in _batches(_read(job, source)):
+                records.write([_record_row(source.name, item) for item in batch if isinstance(item, Record)])
+                rejected.write([_rejected_row(source.name, item) for item in batch if isinstance(item, Rejection)])
+                progress.add(len(batch))
+            per_source[source.name] = {"records": records.rows - before[0], "rejected": rejected.rows - before[1]}
+    progress.close()
+    if records.rows == 0:
+        raise UserError("collect read no record at all: see the reasons in the rejected table of the collect folder")
+    job.notes["sources"] = per_source
+    return Counts(records.rows + rejected.rows, records.rows, 0, rejected.rows)
+
+
+def _read(job: Job, source: Source) -> Iterator[Record | Rejection]:
+    paths = source_paths(job, source)
+    return read_source(source.name, source.format, paths, max_text_bytes=job.settings.max_text_bytes)
+
+
+def _batches(items: Iterator[Record | Rejection]) -> Iterator[list[Record | Rejection]]:
+    batch: list[Record | Rejection] = []
+    for item in items:
+        batch.append(item)
+        if len(batch) == BATCH:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _record_row(source: str, record: Record) -> dict[str, Any]:
+    return {
+        "id": record_id(source, record.prompt, record.reply),
+        "source": source,
+        "source_row": record.source_row,
+        "language": detect(prompt_text(record.prompt)),
+        "source_category": record.source_category,
+        "prompt": record.prompt,
+        "reply": record.reply,
+    }
+
+
+def _rejected_row(source: str, rejection: Rejection) -> dict[str, Any]:
+    return {"source": source, "file": rejection.file, "line": rejection.line, "reason": rejection.reason}

@@ -1,0 +1,32 @@
+"""Evaluate: base, S1, S2, S3 and the fused model answer the same tasks through lm-eval (the paper, section 4.1)."""
+
+import pyarrow as pa
+
+from slmfast.evaluation import evaluate_model, task_folder
+from slmfast.job import Counts, Job
+from slmfast.recipe import TRAINED, expand
+from slmfast.store import read_json, write_json, write_table
+
+INPUTS = ("train", "fuse")
+MODELS = ("base",)
+
+
+def run(job: Job) -> Counts:
+    """Writes scores.json, {model: {task: {value, stderr, n}}}, and the score of every item under `items/`."""
+    settings = job.settings
+    models = {"base": job.model("base")}
+    models |= {name: str(job.inputs["train"] / name) for name in TRAINED}
+    models["fused"] = str(job.inputs["fuse"] / "fused")
+    data = None if settings.data is None else expand(settings.data, {"RUN": job.run_dir}, "evaluate.data")
+    folder = task_folder(settings.task_folder, data, job.work / "tasks")
+    scores = {}
+    for name, path in models.items():
+        done = job.work / f"{name}.json"
+        if not done.exists():
+            print(f"evaluate: {name}", flush=True)
+            result = evaluate_model(path, settings, folder, cache=job.work / "datasets")
+            write_table(job.folder / "items" / f"{name}.parquet", pa.Table.from_pylist(result.items))
+            write_json(done, result.scores)
+        scores[name] = read_json(done)
+    write_json(job.folder / "scores.json", scores)
+    return Counts(None, len(models))

@@ -1,0 +1,18 @@
+"""Fuse: a weighted average of the trained models' weights (the paper, section 4.5)."""
+
+from slmfast.fusion import fuse
+from slmfast.job import Counts, Job
+
+INPUTS = ("train",)
+MODELS = ("base",)
+
+
+def run(job: Job) -> Counts:
+    """Writes the folder `fused`, a complete model."""
+    weights = {
+        job.model("base") if name == "base" else str(job.inputs["train"] / name): weight
+        for name, weight in job.settings.weights.items()
+        if weight > 0
+    }
+    fuse(weights, job.folder / "fused")
+    return Counts(None, 1)

@@ -1,0 +1,40 @@
+"""Report: the whole run on one page, as self-contained HTML and as Markdown."""
+
+from slmfast.job import Counts, Job
+from slmfast.store import atomic_path
+
+INPUTS = (
+    "collect",
+    "categorize",
+    "dedup",
+    "classify",
+    "diversify",
+    "regenerate",
+    "rate",
+    "align",
+    "train",
+    "fuse",
+    "evaluate",
+)
+MODELS: tuple[str, ...] = ()
+
+
+def run(job: Job) -> Counts:
+    """Writes report.html and report.md, and notes the scoreboard where the run has a ground truth."""
+    # Here and not above: the pipeline asks every stage for its inputs, and drawing takes a second to import.
+    from slmfast.reporting.build import build_document
+    from slmfast.reporting.html_page import render_html
+    from slmfast.reporting.markdown_page import render_markdown
+    from slmfast.reporting.run_folder import RunFolder
+    from slmfast.reporting.scoreboard import measure
+
+    folder = RunFolder(job.run_dir, job.recipe, job.inputs)
+    scoreboard = measure(folder)
+    if scoreboard is not None:
+        job.notes["scoreboard"] = scoreboard
+    document = build_document(folder, scoreboard)
+    pages = {"report.html": render_html(document), "report.md": render_markdown(document)}
+    for name, text in pages.items():
+        with atomic_path(job.folder / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    return Counts(None, len(pages))

@@ -1,0 +1,259 @@
+"""One training run from its arguments to a complete model folder: what SFT and KTO share."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+
+from slmfast.errors import UserError
+from slmfast.fusion import SurvivalCounter
+from slmfast.model_folder import SINGLE, ModelWeights, check_model_folder, check_output, write_companions, write_tensors
+from slmfast.store import atomic_path, digest, model_digest, read_json, remove, remove_temporaries, write_json
+from slmfast.training import checkpoint
+from slmfast.training.data import StepOrder, TokenSet, dataset_digest, load_tokens, make_groups
+from slmfast.training.optimizer import make_optimizer, rate_factor
+from slmfast.training.settings import TrainSettings
+from slmfast.training.trainer import Objective, ShowProgress, StepTrainer
+
+CARD = "training.json"
+LOG = "training_log.json"
+MARK = "run.json"  # in the work folder: whose checkpoints these are
+
+
+@dataclass
+class Run:
+    """The arguments of one training run, and the hash of all that decides its result."""
+
+    model: Path
+    dataset: Path
+    output: Path
+    settings: TrainSettings
+    seed: int
+    threads: int
+    work: Path | None
+    progress: bool
+    fingerprint: str = field(default="", init=False)
+
+    @property
+    def work_folder(self) -> Path:
+        """Where checkpoints and the reference's log-probabilities lie."""
+        return self.work or self.output.parent / ".work" / self.output.name
+
+
+MakeObjective = Callable[[nn.Module, TokenSet, list[range], torch.device], Objective]
+
+
+def train(run: Run, method: str, make_objective: MakeObjective, inputs: dict[str, str] | None = None) -> Path:
+    """Trains as `run` says and writes the model; returns its folder.
+
+    An output that the same run has already made is left as it is.
+    """
+    settings = run.settings
+    if settings.method != method:
+        raise UserError(f"method is {settings.method!r} in the settings of train_{method}: set it to {method!r}")
+    check_model_folder(run.model)
+    check_output(run.output, CARD, [run.model, run.dataset])
+    with _threads(run.threads), _quiet_transformers():
+        run.fingerprint = _fingerprint(run, inputs or {})
+        if _is_done(run):
+            return run.output
+        _prepare_work(run)
+        # A model is never trained beyond the positions it knows, whatever max_length allows.
+        settings = replace(settings, max_length=min(settings.max_length, _positions(run.model, settings)))
+        tokens = load_tokens(run.dataset, load_tokenizer(run.model), settings)
+        groups = make_groups(len(tokens), settings.batch_size)
+        order = StepOrder(len(groups), settings.accumulation, settings.epochs, run.seed)
+        print(describe(settings, tokens, order), file=sys.stderr)
+        arguments = _arguments(run, order)
+        model = load_model(run.model).to(arguments.device)
+        objective = make_objective(model, tokens, groups, arguments.device)
+        optimizer = make_optimizer(model, settings, settings.warmup_steps(len(order)))
+        scheduler = LambdaLR(optimizer, rate_factor(settings, len(order)))
+        trainer = StepTrainer(model, objective, order, arguments, (optimizer, scheduler))
+        if run.progress:
+            trainer.add_callback(ShowProgress(method))
+        found = checkpoint.latest(run.work_folder)
+        trainer.train(resume_from_checkpoint=str(found) if found else None)
+        _export(run, model, tokens, order, trainer.history())
+    _clear_work(run)
+    return run.output
+
+
+def describe(settings: TrainSettings, tokens: TokenSet, order: StepOrder) -> str:
+    """What a run is about to do, in one line: data, step, number of steps, schedule."""
+    warmup, factor = settings.warmup_steps(len(order)), rate_factor(settings, len(order))
+    skipped = f" ({tokens.skipped:,} over {settings.max_length} tokens left out)" if tokens.skipped else ""
+    return (
+        f"train {settings.method}: {len(tokens):,} rows{skipped}; {settings.batch_size} x {settings.accumulation} = "
+        f"{settings.effective_batch:,} samples a step; {order.steps_per_epoch:,} steps x {settings.epochs} epochs = "
+        f"{len(order):,} steps; {settings.schedule} schedule to {settings.learning_rate:g}, {warmup} warm-up steps, "
+        f"the first at {settings.learning_rate * factor(0):g}; {settings.optimizer}, {settings.forward} forward"
+    )
+
+
+def load_model(path: Path) -> nn.Module:
+    """Loads a causal language model in fp32, its tensors in memory of their own."""
+    check_model_folder(path)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, local_files_only=True, use_safetensors=True, attn_implementation="sdpa"
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path} can't be loaded as a causal language model ({_one_line(error)}): check it") from error
+    for parameter in model.parameters():
+        # Loaded tensors lie at other alignments than fresh ones, where a matrix product may take another path.
+        parameter.data = parameter.data.clone()
+    return model
+
+
+def load_tokenizer(path: Path) -> Any:
+    """Loads a model folder's tokenizer, which must have a chat template."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} has no tokenizer that can be loaded ({_one_line(error)}): copy it there") from error
+    if not tokenizer.chat_template:
+        raise UserError(f"the tokenizer of {path} has no chat template: add chat_template.jinja")
+    return tokenizer
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def _arguments(run: Run, order: StepOrder) -> TrainingArguments:
+    arguments = TrainingArguments(
+        output_dir=str(run.work_folder),
+        per_device_train_batch_size=1,  # one item of the order is a whole step
+        gradient_accumulation_steps=1,
+        max_steps=len(order),
+        max_grad_norm=run.settings.clip,
+        save_strategy="steps",
+        save_steps=run.settings.save_steps,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        disable_tqdm=True,
+        report_to="none",
+        log_level="error",
+        seed=run.seed,
+        use_cpu=not torch.cuda.is_available(),
+    )
+    if arguments.world_size > 1:
+        raise UserError("training was launched in several processes, each of which would train alone: launch one")
+    arguments._n_gpu = 1  # with more in sight, transformers would wrap the model in DataParallel
+    return arguments
+
+
+def _fingerprint(run: Run, inputs: dict[str, str]) -> str:
+    """A hash of all that decides the result's bytes; the checkpoints' rhythm does not."""
+    settings = {key: value for key, value in asdict(run.settings).items() if key != "save_steps"}
+    versions = [torch.__version__, transformers.__version__]
+    data = dataset_digest(run.dataset)
+    return digest([model_digest(run.model), data, inputs, settings, run.seed, torch.get_num_threads(), versions])
+
+
+def _is_done(run: Run) -> bool:
+    card = run.output / CARD
+    return card.is_file() and read_json(card).get("fingerprint") == run.fingerprint
+
+
+def _prepare_work(run: Run) -> None:
+    """Clears the work folder of half-written files and of what another run left there."""
+    mark = run.work_folder / MARK
+    if not mark.is_file() or read_json(mark) != {"fingerprint": run.fingerprint}:
+        _clear_work(run)
+        write_json(mark, {"fingerprint": run.fingerprint})
+    remove_temporaries(run.work_folder)
+
+
+def _clear_work(run: Run) -> None:
+    """Removes what a run keeps in its work folder, and the folder where nothing else is in it."""
+    checkpoint.prune(run.work_folder, keep=0)
+    for file in (run.work_folder / MARK, *run.work_folder.glob("reference-*.safetensors")):
+        remove(file)
+    for folder in (run.work_folder, run.work_folder.parent if run.work is None else run.work_folder):
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def _positions(model: Path, settings: TrainSettings) -> int:
+    """How many positions a model's config says it knows."""
+    return read_json(model / "config.json").get("max_position_embeddings", settings.max_length)
+
+
+def _export(run: Run, model: nn.Module, tokens: TokenSet, order: StepOrder, history: list[dict[str, float]]) -> None:
+    """Writes the complete model folder: fp32 weights, config, tokenizer, card and log."""
+    parameters = dict(sorted(model.named_parameters()))
+    card = {
+        "method": run.settings.method,
+        "settings": asdict(run.settings),
+        "seed": run.seed,
+        "rows": len(tokens),
+        "rows_over_the_window": tokens.skipped,
+        "steps": len(order),
+        "steps_per_epoch": order.steps_per_epoch,
+        "fingerprint": run.fingerprint,
+    }
+    with ModelWeights(run.model) as base:
+        if base.names != list(parameters):
+            odd = sorted(set(base.names) ^ set(parameters))[:3]
+            raise UserError(f"{run.model} names its tensors otherwise than transformers does ({odd}): save it anew")
+        if run.settings.forward != "fp32":
+            card["forward_sees"] = _forward_sees(base, parameters, run.settings)
+    with atomic_path(run.output) as folder:
+        folder.mkdir()
+        write_companions(run.model, folder, torch.float32)
+        shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+        write_tensors(folder / SINGLE, shapes, torch.float32, parameters.values())
+        write_json(folder / LOG, history)
+        write_json(folder / CARD, card)
+
+
+def _forward_sees(base: ModelWeights, parameters: dict[str, nn.Parameter], settings: TrainSettings) -> dict[str, float]:
+    """What share of the update a forward in bf16 sees, printed as the precision law asks."""
+    counter = SurvivalCounter(torch.bfloat16)
+    for name, parameter in parameters.items():
+        counter.add(base[name].float(), parameter.detach().cpu())
+    seen = counter.result()
+    print(
+        f"train {settings.method}: the {settings.forward} forward saw {seen.weights:.2%} of the moved weights and "
+        f"{seen.norm:.2%} of the update's norm",
+        file=sys.stderr,
+    )
+    return seen._asdict()
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Fixes torch's number of threads, on which the order of its sums depends."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Keeps transformers' own bars and notes off the user's screen."""
+    log = transformers.utils.logging
+    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.set_verbosity(level)
+        if bars:
+            log.enable_progress_bar()

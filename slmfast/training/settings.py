@@ -1,0 +1,114 @@
+"""What a training run is told, validated where it enters. Imports no torch, so that a recipe can embed it."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from slmfast.errors import UserError
+
+METHODS = ("sft", "kto")
+SCHEDULES = ("cosine", "linear", "constant")
+OPTIMIZERS = ("adamw", "adamw8bit")
+FORWARDS = ("fp32", "bf16")
+TOO_LONG = ("refuse", "skip")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """The settings of one run of SFT or KTO; the defaults are the paper's where it names them.
+
+    Every value is checked on construction; a bad one is a UserError that names its key.
+    """
+
+    method: str
+    """"sft" or "kto"."""
+
+    learning_rate: float
+    """The peak rate: the paper uses 5e-8 for SFT, 1e-8 for KTO and 3e-8 for KTO after SFT."""
+
+    epochs: int = 6
+    """Passes over the data."""
+
+    batch_size: int = 4
+    """Samples in a micro-batch; for KTO also the group whose replies are rotated for the KL estimate."""
+
+    accumulation: int = 250
+    """Micro-batches in an optimizer step: a step is batch_size x accumulation samples."""
+
+    warmup_ratio: float = 0.005
+    """The share of all steps that warm up; the first of them already has a rate above zero."""
+
+    schedule: str = "cosine"
+    """What the rate does after the warm-up: "cosine" or "linear" down to zero, or "constant"."""
+
+    optimizer: str = "adamw"
+    """"adamw": fp32 states, weights too large for an fp32 step compensated. "adamw8bit": bitsandbytes' 8-bit states."""
+
+    beta: float = 0.1
+    """KTO's beta: how strongly the policy is held to the reference."""
+
+    desirable_weight: float = 1.0
+    """KTO's weight of a desirable reply's loss."""
+
+    undesirable_weight: float = 1.0
+    """KTO's weight of an undesirable reply's loss."""
+
+    max_length: int = 2048
+    """The most tokens of prompt and reply together; nothing is ever cut to fit."""
+
+    too_long: str = "refuse"
+    """What a longer row means: "refuse" stops with an error, "skip" leaves the row out and counts it."""
+
+    clip: float = 1.0
+    """The gradient's norm is clipped to this; 0 clips nothing."""
+
+    save_steps: int = 50
+    """Optimizer steps between two checkpoints."""
+
+    forward: str = "fp32"
+    """The precision of the forward and backward pass: "fp32", or "bf16" by autocast. The masters are fp32 in both."""
+
+    def __post_init__(self) -> None:
+        for key, choices in (
+            ("method", METHODS),
+            ("schedule", SCHEDULES),
+            ("optimizer", OPTIMIZERS),
+            ("forward", FORWARDS),
+            ("too_long", TOO_LONG),
+        ):
+            _check(key, getattr(self, key), getattr(self, key) in choices, f"set it to one of {', '.join(choices)}")
+        for key in ("epochs", "batch_size", "accumulation", "max_length", "save_steps"):
+            value = getattr(self, key)
+            _check(key, value, _is_integer(value) and value >= 1, "set it to a whole number of at least 1")
+        for key in ("learning_rate", "beta"):
+            _check(key, getattr(self, key), _is_number(getattr(self, key), above=0.0), "set it to a number above 0")
+        for key in ("desirable_weight", "undesirable_weight", "clip"):
+            _check(key, getattr(self, key), _is_number(getattr(self, key)), "set it to a number of at least 0")
+        ratio = self.warmup_ratio
+        _check("warmup_ratio", ratio, _is_number(ratio) and ratio <= 1, "set it to a share between 0 and 1")
+        if self.method == "kto" and self.batch_size < 2:
+            raise UserError("batch_size is 1, which leaves KTO no other reply to pair: set it to at least 2")
+
+    @property
+    def effective_batch(self) -> int:
+        """Samples in one optimizer step."""
+        return self.batch_size * self.accumulation
+
+    def warmup_steps(self, total: int) -> int:
+        """How many of `total` steps warm up."""
+        return min(total, math.ceil(self.warmup_ratio * total))
+
+
+def _check(key: str, value: Any, right: bool, remedy: str) -> None:
+    if not right:
+        raise UserError(f"{key} is {value!r}: {remedy}")
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any, above: float | None = None) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return False
+    return value > above if above is not None else value >= 0

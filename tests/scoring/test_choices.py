@@ -1,0 +1,71 @@
+"""`slmfast.choose` against a plain forward of every whole choice."""
+
+import numpy as np
+import pytest
+
+import slmfast
+from slmfast import UserError
+
+PROMPTS = ["Rate the reply.", "What is 17 times 3?", [{"role": "user", "content": "请把下面的句子翻译成英文。"}], "no"]
+CHOICES = ["1", "0.5", "0", "0.5 of a unit"]
+
+
+def render(tokenizer, prompt):
+    text = prompt if isinstance(prompt, str) else prompt[0]["content"]
+    whole = f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
+    return tokenizer.encode(whole, add_special_tokens=False)
+
+
+def close(tokenizer, choice):
+    return [*tokenizer.encode(choice, add_special_tokens=False), tokenizer.convert_tokens_to_ids("<|im_end|>")]
+
+
+@pytest.mark.parametrize("shape", ["tied", "gqa", "mqa"])
+@pytest.mark.parametrize("batch_tokens", [1, 50, 4096])
+def test_equals_a_plain_forward_of_each_whole_choice(build_model, tokenizer, plain_logprobs, shape, batch_tokens):
+    model = build_model(shape)
+    got = slmfast.choose(model, tokenizer, PROMPTS, CHOICES, batch_tokens=batch_tokens, progress=False)
+    expected = [
+        [plain_logprobs(model, render(tokenizer, prompt), close(tokenizer, choice)).sum() for choice in CHOICES]
+        for prompt in PROMPTS
+    ]
+    assert got.shape == (4, 4) and got.dtype == np.float64
+    np.testing.assert_allclose(got, np.array(expected), atol=1e-5)
+
+
+def test_a_choice_is_not_a_part_of_a_longer_one(model, tokenizer, plain_logprobs):
+    """The closing token after "0" makes it another event than "0" with ".5" after it."""
+    zero, half = (close(tokenizer, choice) for choice in ("0", "0.5"))
+    assert zero[0] == half[0], "the choices begin alike, else this test shows nothing"
+    scores = slmfast.choose(model, tokenizer, PROMPTS, ["0", "0.5"], progress=False)
+    for prompt, row in zip(PROMPTS, scores, strict=True):
+        begins = plain_logprobs(model, render(tokenizer, prompt), zero[:1])[0].item()
+        assert np.exp(row).sum() < np.exp(begins), "both are proper parts of what begins with 0"
+
+
+def test_agrees_with_perplexity(model, tokenizer):
+    scores = slmfast.choose(model, tokenizer, PROMPTS, CHOICES, progress=False)
+    table = slmfast.perplexity(model, tokenizer, PROMPTS, [CHOICES] * len(PROMPTS), progress=False)
+    np.testing.assert_allclose(-scores.ravel() / np.log(2), table["bits"].to_numpy(), rtol=1e-6)
+
+
+def test_order_of_prompts_and_choices_does_not_matter(model, tokenizer):
+    scores = slmfast.choose(model, tokenizer, PROMPTS, CHOICES, progress=False)
+    turned = slmfast.choose(model, tokenizer, PROMPTS[::-1], CHOICES[::-1], progress=False)
+    assert (turned[::-1, ::-1] == scores).all()
+
+
+def test_a_prompt_over_the_window_is_unreadable_for_all_choices(model, tokenizer):
+    room = len(render(tokenizer, "no")) + max(len(close(tokenizer, choice)) for choice in CHOICES)
+    scores = slmfast.choose(model, tokenizer, ["no", "no no"], CHOICES, window=room, progress=False)
+    assert np.isfinite(scores[0]).all() and np.isnan(scores[1]).all()
+
+
+def test_no_prompts_give_no_rows(model, tokenizer):
+    assert slmfast.choose(model, tokenizer, [], ["yes", "no"], progress=False).shape == (0, 2)
+
+
+@pytest.mark.parametrize("choices", [[], "yes", ["yes", ""], ["yes", "yes"], [1]])
+def test_choices_are_checked(model, tokenizer, choices):
+    with pytest.raises(UserError, match="choices"):
+        slmfast.choose(model, tokenizer, ["a"], choices, progress=False)

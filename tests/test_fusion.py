@@ -1,0 +1,223 @@
+"""Identities of the weighted average, and update_survival against its definition."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from slmfast.errors import UserError
+from slmfast.fusion import fuse, update_survival
+from slmfast.model_folder import ModelWeights, write_typed_tensors
+
+SHAPES = {
+    "model.embed_tokens.weight": (40, 8),
+    "model.layers.0.mlp.down_proj.weight": (8, 16),
+    "model.norm.weight": (8,),
+}
+
+
+def tensors(seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    made = {name: torch.randn(shape, generator=generator) * 0.02 for name, shape in SHAPES.items()}
+    made["model.norm.weight"][:3] = torch.tensor([-0.0, 1e-42, 3e38])  # signed zero, subnormal, near the largest
+    return made
+
+
+def save(folder: Path, weights: dict[str, torch.Tensor], shards: int = 1, **config) -> Path:
+    """Saves a bare model folder: weights, config and a tokenizer file."""
+    folder.mkdir(parents=True)
+    meta = {"format": "pt"}
+    if shards == 1:
+        save_file(weights, folder / "model.safetensors", metadata=meta)
+    else:
+        files = {name: f"model-{i % shards:05d}.safetensors" for i, name in enumerate(weights)}
+        for file in set(files.values()):
+            save_file({n: t for n, t in weights.items() if files[n] == file}, folder / file, metadata=meta)
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    (folder / "config.json").write_text(json.dumps({"torch_dtype": "bfloat16", "eos_token_id": 2, **config}))
+    (folder / "tokenizer.json").write_text('{"of": "%s"}' % folder.name)  # noqa: UP031
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    return folder
+
+
+@pytest.fixture
+def models(tmp_path):
+    return [save(tmp_path / name, tensors(seed)) for seed, name in enumerate(["S1", "S2", "S3"])]
+
+
+def bits(folder: Path) -> dict[str, bytes]:
+    return {name: t.numpy().tobytes() for name, t in load_file(folder / "model.safetensors").items()}
+
+
+def test_one_model_alone_comes_back_bit_for_bit(models, tmp_path):
+    fuse(dict(zip(models, (1, 0, 0), strict=True)), tmp_path / "fused")
+    assert bits(tmp_path / "fused") == bits(models[0])
+    fuse(dict(zip(models, (0, 0, 0.3), strict=True)), tmp_path / "last")
+    assert bits(tmp_path / "last") == bits(models[2])
+
+
+def test_equal_models_give_themselves(models, tmp_path):
+    copies = [shutil.copytree(models[0], tmp_path / f"copy{i}") for i in range(3)]
+    fuse(dict.fromkeys(copies, 1), tmp_path / "fused")
+    assert bits(tmp_path / "fused") == bits(models[0])
+
+
+def test_order_and_scale_of_the_weights_do_not_matter(models, tmp_path):
+    weights = (0.2, 0.5, 0.3)
+    fuse(dict(zip(models, weights, strict=True)), tmp_path / "forward")
+    fuse(dict(reversed(list(zip(models, weights, strict=True)))), tmp_path / "backward")
+    assert bits(tmp_path / "forward") == bits(tmp_path / "backward")
+
+
+def test_equals_the_average_in_float64(models, tmp_path):
+    fuse(dict(zip(models, (2, 1, 1), strict=True)), tmp_path / "fused")
+    parts = [load_file(model / "model.safetensors") for model in models]
+    for name, found in load_file(tmp_path / "fused" / "model.safetensors").items():
+        expected = np.average([part[name].numpy().astype(np.float64) for part in parts], axis=0, weights=[2, 1, 1])
+        assert np.array_equal(found.numpy(), expected.astype(np.float32)), name
+
+
+def test_the_result_is_a_complete_folder_with_a_card(models, tmp_path):
+    card = fuse(dict(zip(models, (1, 1, 2), strict=True)), tmp_path / "fused")
+    folder = tmp_path / "fused"
+    assert json.loads((folder / "config.json").read_text()) == {"dtype": "float32", "eos_token_id": 2}
+    assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == 2
+    assert (folder / "tokenizer.json").read_text() == '{"of": "S1"}'
+    assert (folder / "chat_template.jinja").exists()
+    assert json.loads((folder / "fusion.json").read_text()) == card
+    assert [(part["name"], part["weight"]) for part in card["parts"]] == [("S1", 0.25), ("S2", 0.25), ("S3", 0.5)]
+
+
+def test_shards_and_low_precision_parts_are_read(models, tmp_path):
+    sharded = save(tmp_path / "sharded", tensors(1), shards=2)
+    assert bits(fused(tmp_path / "a", {models[0]: 1, sharded: 1})) == bits(
+        fused(tmp_path / "b", {models[0]: 1, models[1]: 1})
+    )
+    low = save(tmp_path / "low", {name: t.bfloat16() for name, t in tensors(1).items()})
+    found = load_file(fused(tmp_path / "c", {low: 1}) / "model.safetensors")
+    assert all(torch.equal(found[name], t.bfloat16().float()) for name, t in tensors(1).items())
+
+
+def fused(output: Path, models: dict) -> Path:
+    fuse(models, output)
+    return output
+
+
+def test_a_copy_of_the_tied_head_is_no_tensor_of_its_own(models, tmp_path):
+    weights = tensors(1)
+    doubled = save(
+        tmp_path / "doubled",
+        {**weights, "lm_head.weight": weights["model.embed_tokens.weight"].clone()},
+        tie_word_embeddings=True,
+    )
+    both = fused(tmp_path / "fused", {models[0]: 1, doubled: 1})
+    assert bits(both) == bits(fused(tmp_path / "plain", {models[0]: 1, models[1]: 1}))
+    with pytest.raises(UserError, match=r"S1 has no tensor lm_head.weight"):
+        fuse({models[0]: 1, save(tmp_path / "untied", load_file(doubled / "model.safetensors")): 1}, tmp_path / "no")
+
+
+def test_models_that_do_not_match_are_named(models, tmp_path):
+    weights = tensors(5)
+    weights["model.norm.weight"] = torch.ones(9)
+    odd = save(tmp_path / "odd", weights)
+    with pytest.raises(UserError, match=r"model\.norm\.weight is \[8\] in .*S1 and \[9\] in .*odd"):
+        fuse({models[0]: 1, odd: 1}, tmp_path / "fused")
+    weights = tensors(5)
+    weights["model.norm.weight"][1] = float("nan")
+    with pytest.raises(UserError, match=r"tensor model\.norm\.weight of .*broken holds values"):
+        fuse({models[0]: 1, save(tmp_path / "broken", weights): 1}, tmp_path / "fused")
+    assert not (tmp_path / "fused").exists()
+
+
+@pytest.mark.parametrize("weight", [-0.1, float("nan"), True, "half"])
+def test_bad_weights_are_named(models, tmp_path, weight):
+    with pytest.raises(UserError, match=r"the fusion weight of .*S2 is"):
+        fuse({models[0]: 1, models[1]: weight}, tmp_path / "fused")
+
+
+def test_nothing_to_fuse_and_nowhere_to_put_it(models, tmp_path):
+    with pytest.raises(UserError, match="no model to fuse"):
+        fuse({}, tmp_path / "fused")
+    with pytest.raises(UserError, match="all fusion weights are 0"):
+        fuse({models[0]: 0}, tmp_path / "fused")
+    with pytest.raises(UserError, match="is also an input"):
+        fuse({models[0]: 1}, models[0])
+    with pytest.raises(UserError, match=r"holds no fusion\.json"):
+        fuse({models[0]: 1}, models[1])
+    with pytest.raises(UserError, match="nowhere is no model folder"):
+        fuse({tmp_path / "nowhere": 1}, tmp_path / "fused")
+    with pytest.raises(UserError, match="dtype is 'int8'"):
+        fuse({models[0]: 1}, tmp_path / "fused", dtype="int8")
+
+
+def nudged(folder: Path, base: dict[str, torch.Tensor], size: float) -> Path:
+    """A model whose every weight lies `size` above the base's, where fp32 can tell."""
+    return save(folder, {name: t + size for name, t in base.items()})
+
+
+def moderate(seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=generator) * 0.02 for name, shape in SHAPES.items()}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("size", [1e-6, 1e-4, 1e-2])
+def test_survival_is_what_its_definition_says(tmp_path, dtype, size):
+    base = moderate(1)
+    tuned = nudged(tmp_path / "tuned", base, size)
+    found = update_survival(save(tmp_path / "base", base), tuned, dtype)
+
+    b = torch.cat([t.flatten() for t in base.values()])
+    t = torch.cat([load_file(tuned / "model.safetensors")[name].flatten() for name in base])
+    kind = getattr(torch, dtype)
+    rounded_b, rounded_t = (x.to(kind).to(torch.float64).numpy() for x in (b, t))
+    b, t = b.double().numpy(), t.double().numpy()
+    moved = b != t
+    assert found.weights == pytest.approx(np.mean((rounded_b != rounded_t)[moved]))
+    assert found.norm == pytest.approx(np.dot(rounded_t - rounded_b, t - b) / np.dot(t - b, t - b))
+
+
+def test_float32_keeps_all_and_bf16_next_to_nothing_of_a_small_update(tmp_path):
+    base = save(tmp_path / "base", {name: t.bfloat16() for name, t in moderate(2).items()})
+    exact = {name: t.bfloat16().float() for name, t in moderate(2).items()}
+    tuned = nudged(tmp_path / "tuned", exact, 1e-7)
+    assert update_survival(base, tuned, "float32").weights == 1.0
+    assert update_survival(base, tuned, torch.bfloat16).weights < 0.02
+    assert update_survival(base, base, "bfloat16") == (1.0, 1.0)  # there is nothing to lose
+
+
+def test_a_coarser_fusion_says_what_survives(tmp_path, capsys):
+    base = save(tmp_path / "base", moderate(3))
+    tuned = nudged(tmp_path / "tuned", moderate(3), 1e-5)
+    card = fuse({tuned: 1}, tmp_path / "fused", dtype="bfloat16", base=base)
+    expected = update_survival(base, tuned, "bfloat16")
+    assert card["update_survival"] == {"base": "base", "weights": expected.weights, "norm": expected.norm}
+    assert f"{expected.weights:.2%} of the weights that moved from base" in capsys.readouterr().err
+    assert load_file(tmp_path / "fused" / "model.safetensors")["model.norm.weight"].dtype == torch.bfloat16
+    assert json.loads((tmp_path / "fused" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_the_writer_makes_files_that_safetensors_reads(tmp_path):
+    made = {
+        "a": torch.arange(7, dtype=torch.uint8),
+        "b": torch.randn(3, 5).bfloat16(),
+        "c": torch.tensor(2.5, dtype=torch.float64),
+        "d": torch.zeros(0, 4),
+        "e": torch.randn(4, 6).t(),  # not contiguous
+    }
+    layout = {name: (t.dtype, tuple(t.shape)) for name, t in made.items()}
+    write_typed_tensors(tmp_path / "x.safetensors", layout, made.values())
+    found = load_file(tmp_path / "x.safetensors")
+    assert found.keys() == made.keys()
+    assert all(found[name].dtype == t.dtype and torch.equal(found[name], t) for name, t in made.items())
+
+
+def test_damaged_weights_are_named(models):
+    path = models[0] / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(UserError, match="can't be read as safetensors"), ModelWeights(models[0]) as weights:
+        weights["model.norm.weight"]

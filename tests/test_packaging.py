@@ -1,0 +1,115 @@
+"""The package as users install it: wheel, sdist and editable, with no top-level `kernels` in any of them.
+
+An importable `kernels` of ours would shadow the third-party package of that name that transformers imports.
+"""
+
+import os
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+PROBE = """
+import importlib.util, sys
+spec = importlib.util.find_spec("kernels")
+assert spec is None or "slmfast" not in str(spec), f"our kernels folder is importable: {spec}"
+import slmfast
+assert "torch" not in sys.modules, "import slmfast imports torch"
+import slmfast.kernels.reference
+from slmfast import _native
+import slmfast.miniature
+assert len(slmfast.near_pairs([0, 1, 255])[0]) == 1
+print(slmfast.__file__)
+"""
+
+
+def run(*command, **options):
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, **options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """A clean copy of the source tree."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("needs a git checkout: it builds from a clean copy of the tracked files")
+    target = tmp_path_factory.mktemp("checkout")
+    names = run("git", "ls-files", "-co", "--exclude-standard", cwd=ROOT).splitlines()
+    for name in filter(lambda name: (ROOT / name).exists() or (ROOT / name).is_symlink(), names):
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        run("cp", "-P", ROOT / name, target / name)
+    return target
+
+
+@pytest.fixture
+def environment(tmp_path):
+    """A fresh virtual environment that sees this one's libraries but not its slmfast; gives its python."""
+    folder = tmp_path / "venv"
+    venv.create(folder, with_pip=False)
+    scheme = {"base": str(folder), "platbase": str(folder)}
+    site = Path(sysconfig.get_path("purelib", "venv", scheme))
+    # A path in a .pth file is only added to sys.path: the .pth files there, such as an editable slmfast's, stay unread.
+    (site / "libraries.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return folder / "bin" / "python"
+
+
+def install(python, *what):
+    options = ["--no-deps", "--no-build-isolation", "--quiet", "--disable-pip-version-check"]
+    run(sys.executable, "-m", "pip", "--python", python, "install", *options, *what)
+
+
+def probe(python, folder):
+    clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    return Path(run(python, "-c", PROBE, cwd=folder, env=clean))
+
+
+@pytest.mark.slow
+def test_wheel_from_sdist(checkout, environment, tmp_path):
+    build = "from setuptools import build_meta; print(build_meta.build_sdist({!r}))"
+    archive = tmp_path / run(sys.executable, "-c", build.format(str(tmp_path)), cwd=checkout).splitlines()[-1]
+    listing = run("tar", "-tzf", archive).splitlines()
+    assert not any("kernels/__init__.py" in name for name in listing)
+    install(environment, archive)
+    assert environment.parent.parent in probe(environment, tmp_path).parents
+
+
+@pytest.mark.slow
+def test_wheel(checkout, environment, tmp_path):
+    run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", tmp_path, checkout)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = run(sys.executable, "-m", "zipfile", "-l", wheel).splitlines()
+    assert not any(name.startswith("kernels/") for name in names)
+    assert any(name.startswith("slmfast/kernels/reference.py") for name in names)
+    install(environment, wheel)
+    assert environment.parent.parent in probe(environment, tmp_path).parents
+
+
+@pytest.mark.slow
+def test_editable(checkout, environment, tmp_path):
+    install(environment, "-e", checkout)
+    assert checkout in probe(environment, tmp_path).parents
+
+
+def test_import_is_light():
+    code = "import sys, slmfast; print([m for m in ('torch', 'numpy', 'pyarrow', 'transformers') if m in sys.modules])"
+    assert run(sys.executable, "-c", code, cwd="/") == "[]"
+
+
+def test_every_public_name_exists():
+    import slmfast
+
+    for name in slmfast.__all__:
+        assert getattr(slmfast, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = slmfast.nonsense
+
+
+def test_this_checkout_does_not_shadow_kernels():
+    code = "import importlib.util as u; print(u.find_spec('kernels'))"
+    assert str(ROOT) not in run(sys.executable, "-c", code, cwd="/")

@@ -1,0 +1,219 @@
+"""The whole walk on a small miniature: balanced, resumable, reproducible, and usable by others.
+
+One undisturbed run is made for the module. A second run in another folder is killed in every stage and started again;
+its data files must come out byte for byte the same.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from slmfast.recipe import STAGES
+
+pytestmark = pytest.mark.slow
+
+SMALL = [
+    "world.size=900",
+    "diversify.target=220",
+    "classify.unit_rows=256",
+    "regenerate.unit_rows=64",
+    "rate.unit_rows=64",
+    "align.sft_size=150",
+    *(f"train.{name}.epochs=1" for name in ("S1", "S2", "S3")),
+    *(f"train.{name}.save_steps=2" for name in ("S1", "S2", "S3")),
+    "evaluate.limit=10",
+    "threads=1",
+]
+BALANCED = STAGES[: STAGES.index("train")]
+
+
+def command(run_dir):
+    overrides = [part for override in SMALL for part in ("--set", override)]
+    return [sys.executable, "-m", "slmfast.cli", "run", "--run-dir", str(run_dir), *overrides]
+
+
+def start(run_dir):
+    return subprocess.Popen(
+        command(run_dir), cwd="/", stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def finish(run_dir):
+    process = start(run_dir)
+    output, _ = process.communicate(timeout=900)
+    assert process.returncode == 0, output
+    return output
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("undisturbed")
+    output = finish(run_dir)
+    return run_dir, output
+
+
+def data_files(run_dir):
+    """The digest of every data output, as the design names them."""
+    found = [*run_dir.rglob("*.parquet"), *run_dir.rglob("*.safetensors")]
+    parts = {path.relative_to(run_dir): path for path in found}
+    return {
+        str(name): hashlib.sha256(path.read_bytes()).hexdigest()
+        for name, path in sorted(parts.items())
+        if not any(part.startswith((".work", "checkpoint-")) for part in name.parts)
+    }
+
+
+def test_summary_and_balance(undisturbed):
+    run_dir, output = undisturbed
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert tuple(summary["stages"]) == STAGES
+    for name, row in summary["stages"].items():
+        assert set(row) == {"in", "out", "dropped", "rejected", "seconds"}
+        assert (row["in"] is not None) == (name in BALANCED)
+        if row["in"] is not None:
+            assert row["in"] == row["out"] + row["dropped"] + row["rejected"], name
+    for before, after in itertools.pairwise(BALANCED):
+        assert summary["stages"][after]["in"] == summary["stages"][before]["out"]
+    assert set(summary["models"]) == set(summary["scores"]) == {"base", "S1", "S2", "S3", "fused"}
+    for scores in summary["scores"].values():
+        assert all({"value", "stderr", "n"} == set(score) for score in scores.values())
+    assert Path(summary["report"]).is_file()
+    assert summary["report"] in output
+
+
+def test_every_row_is_accounted_for(undisturbed):
+    run_dir, _ = undisturbed
+    for name in BALANCED[1:]:
+        table = pq.read_table(run_dir / name / "dropped") if (run_dir / name / "dropped").exists() else None
+        dropped = 0 if table is None else table.num_rows
+        assert dropped == json.loads((run_dir / name / "manifest.json").read_text())["counts"]["dropped"]
+        assert table is None or set(table.column("stage").to_pylist()) <= {name}
+    duplicates = pq.read_table(run_dir / "dedup" / "dropped").to_pylist()
+    kept = set(pq.read_table(run_dir / "dedup" / "records").column("id").to_pylist())
+    assert duplicates
+    assert all(row["duplicate_of"] in kept and row["distance"] <= 3 for row in duplicates)
+    rejected = pq.read_table(run_dir / "collect" / "rejected").to_pylist()
+    assert rejected
+    assert all(row["file"] and row["line"] > 0 and row["reason"] for row in rejected)
+
+
+def test_columns_are_added_and_never_rewritten(undisturbed):
+    run_dir, _ = undisturbed
+    earlier = {}
+    for name in BALANCED:
+        table = pq.read_table(run_dir / name / "records")
+        rows = {(row["source"], row["source_row"]): row for row in table.to_pylist()}
+        for key, row in rows.items():
+            assert not earlier or earlier[key].items() <= row.items()
+        earlier = rows
+
+
+def test_sets_follow_the_design(undisturbed):
+    run_dir, _ = undisturbed
+    sft = pq.read_table(run_dir / "align" / "sft").to_pylist()
+    kto = pq.read_table(run_dir / "align" / "kto").to_pylist()
+    positives = [row for row in kto if row["label"]]
+    assert [(row["prompt"], row["completion"]) for row in positives] == [(r["prompt"], r["completion"]) for r in sft]
+    assert len(kto) - len(positives) == len(positives) // 2
+    assert all(a["prompt"] != b["prompt"] for a, b in itertools.pairwise(kto))
+    lines = (run_dir / "align" / "llamafactory" / "kto.jsonl").read_text().splitlines()
+    assert [json.loads(line)["label"] for line in lines] == [row["label"] for row in kto]
+
+
+def test_a_second_run_does_nothing(undisturbed):
+    run_dir, _ = undisturbed
+    before = data_files(run_dir)
+    output = finish(run_dir)
+    assert all(f"{name}: up to date" in output for name in STAGES)
+    assert data_files(run_dir) == before
+
+
+def test_a_changed_setting_reruns_what_depends_on_it(undisturbed, tmp_path):
+    run_dir, _ = undisturbed
+    subprocess.run(["cp", "-r", str(run_dir), str(tmp_path / "copy")], check=True)
+    process = subprocess.run(
+        [*command(tmp_path / "copy"), "--set", "fuse.weights={S1: 1}"], cwd="/", capture_output=True, text=True
+    )
+    assert process.returncode == 0, process.stderr
+    for name in STAGES[: STAGES.index("train")]:
+        assert f"{name}: up to date" in process.stdout
+    for name in ("fuse", "evaluate", "report"):
+        assert f"{name}: running" in process.stdout
+    fused, s1 = (tmp_path / "copy" / part / "model.safetensors" for part in ("fuse/fused", "train/S1"))
+    assert fused.read_bytes() == s1.read_bytes()
+
+
+def test_killed_in_every_stage_gives_the_same_bytes(undisturbed, tmp_path):
+    run_dir, _ = undisturbed
+    delays = random.Random(0)
+    for name in STAGES:
+        process = start(tmp_path)
+        seen = []
+        for line in process.stdout:
+            seen.append(line)
+            if line.startswith(f"{name}: running"):
+                break
+        else:
+            pytest.fail(f"{name} did not start:\n{''.join(seen)}")
+        time.sleep(delays.uniform(0, 2.5))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    finish(tmp_path)
+    assert data_files(tmp_path) == data_files(run_dir)
+
+
+def test_models_are_complete_folders(undisturbed):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    run_dir, _ = undisturbed
+    models = json.loads((run_dir / "summary.json").read_text())["models"]
+    for path in models.values():
+        model = AutoModelForCausalLM.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        ids = tokenizer.apply_chat_template(
+            [{"role": "user", "content": "3 + 4 = ?"}],
+            add_generation_prompt=True,
+            return_tensors="pt",
+            return_dict=True,
+        )
+        assert torch.isfinite(model(**ids).logits).all()
+        assert (Path(path) / "generation_config.json").is_file()
+
+
+def test_the_sets_train_in_trl_as_they_are(undisturbed, tmp_path):
+    from datasets import load_dataset
+    from trl import KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
+
+    run_dir, _ = undisturbed
+    model = json.loads((run_dir / "summary.json").read_text())["models"]["base"]
+    common = {"output_dir": str(tmp_path), "max_steps": 1, "report_to": [], "use_cpu": True, "bf16": False}
+    for name, trainer_class, config in (
+        ("sft", SFTTrainer, SFTConfig(**common, per_device_train_batch_size=4)),
+        ("kto", KTOTrainer, KTOConfig(**common, per_device_train_batch_size=4)),
+    ):
+        files = str(run_dir / "align" / name / "*.parquet")
+        data = load_dataset("parquet", data_files=files, split="train", cache_dir=str(tmp_path / "cache"))
+        result = trainer_class(model=model, args=config, train_dataset=data).train()
+        assert result.global_step == 1
+
+
+def test_two_runs_in_one_folder_do_not_mix(undisturbed):
+    import fcntl
+
+    run_dir, _ = undisturbed
+    with (run_dir / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        process = subprocess.run(command(run_dir), cwd="/", capture_output=True, text=True)
+    assert process.returncode == 2
+    assert process.stderr.strip().splitlines()[-1].endswith("wait for it or give another --run-dir")

@@ -1,0 +1,67 @@
+"""Water-filling gives exactly N rows, as evenly as they can be, whatever the order of the rows."""
+
+import numpy as np
+import pytest
+
+from slmfast.sampling import balanced, entropy, gini, seeded_hashes, smallest, water_fill
+
+
+def fill_one_by_one(counts, target):
+    """The definition by hand: pour row by row into the label that has least, the largest label first among equals."""
+    quota = [0] * len(counts)
+    for _ in range(min(target, sum(counts))):
+        open_labels = [i for i, count in enumerate(counts) if quota[i] < count]
+        level = min(quota[i] for i in open_labels)
+        chosen = max((i for i in open_labels if quota[i] == level), key=lambda i: (counts[i], -i))
+        quota[chosen] += 1
+    return quota
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_water_fill_equals_pouring(seed):
+    random = np.random.default_rng(seed)
+    counts = random.integers(0, 12, size=random.integers(1, 9))
+    target = int(random.integers(0, counts.sum() + 5))
+    assert water_fill(counts, target).tolist() == fill_one_by_one(counts.tolist(), target)
+
+
+def test_balanced_is_exact_and_order_free():
+    random = np.random.default_rng(0)
+    labels = random.choice(6, p=[0.6, 0.2, 0.1, 0.05, 0.04, 0.01], size=2000)
+    labels[::50] = -1
+    ids = [f"{i:x}" for i in range(2000)]
+    hashes = seeded_hashes(ids, 7, "test")
+    keep = balanced(labels, hashes, 300)
+    assert keep.sum() == 300
+    assert not keep[labels < 0].any()
+    order = random.permutation(2000)
+    assert (balanced(labels[order], hashes[order], 300) == keep[order]).all()
+    for label in range(6):
+        chosen, left = hashes[keep & (labels == label)], hashes[~keep & (labels == label)]
+        assert len(left) == 0 or chosen.max() < left.min()
+
+
+def test_balanced_without_rows():
+    assert balanced(np.array([-1, -1]), np.array([1, 2], np.uint64), 5).tolist() == [False, False]
+
+
+def test_smallest_takes_the_smallest():
+    hashes = np.array([5, 1, 4, 1], np.uint64)
+    assert smallest(hashes, 2).tolist() == [False, True, False, True]
+    assert smallest(hashes, 9).all()
+
+
+def test_hashes_differ_by_seed_and_purpose():
+    ids = ["a", "b"]
+    assert (seeded_hashes(ids, 0, "x") == seeded_hashes(ids, 0, "x")).all()
+    assert (seeded_hashes(ids, 0, "x") != seeded_hashes(ids, 1, "x")).all()
+    assert (seeded_hashes(ids, 0, "x") != seeded_hashes(ids, 0, "y")).all()
+
+
+def test_entropy_and_gini():
+    assert entropy(np.array([1, 1, 1, 1])) == pytest.approx(2)
+    assert entropy(np.array([4, 0])) == 0
+    assert gini(np.array([3, 3, 3])) == pytest.approx(0)
+    counts = np.array([1, 2, 9])
+    by_definition = np.abs(counts[:, None] - counts[None]).sum() / (2 * 9 * counts.mean())
+    assert gini(counts) == pytest.approx(by_definition)

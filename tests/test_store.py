@@ -1,0 +1,97 @@
+"""Files appear whole or not at all, and the bytes of a table depend on its rows alone."""
+
+import json
+import random
+
+import pyarrow as pa
+import pytest
+
+from slmfast.errors import UserError
+from slmfast.store import (
+    ShardWriter,
+    atomic_path,
+    count_rows,
+    digest,
+    file_digest,
+    model_digest,
+    output_digests,
+    read_batches,
+    read_json,
+    read_table,
+    remove_temporaries,
+    shards,
+    write_json,
+)
+
+SCHEMA = pa.schema([("n", pa.int64()), ("text", pa.string())])
+
+
+def rows(count):
+    return [{"n": i, "text": None if i % 7 == 3 else "字" * (i % 5)} for i in range(count)]
+
+
+def test_a_failed_write_leaves_nothing(tmp_path):
+    target = tmp_path / "file.txt"
+    with pytest.raises(ZeroDivisionError), atomic_path(target) as temporary:
+        temporary.write_text("half")
+        _ = 1 / 0
+    assert not target.exists()
+    remove_temporaries(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_write_replaces_the_old_file_or_folder(tmp_path):
+    for _ in range(2):
+        with atomic_path(tmp_path / "folder") as temporary:
+            temporary.mkdir()
+            (temporary / "a").write_text("1")
+    assert [p.name for p in tmp_path.iterdir()] == ["folder"]
+
+
+@pytest.mark.parametrize("count", [0, 1, 9, 10, 11, 37])
+def test_shards_hold_the_rows_in_order(tmp_path, count):
+    with ShardWriter(tmp_path / "t", SCHEMA, rows_per_shard=10) as writer:
+        writer.write(rows(count))
+    assert count_rows(tmp_path / "t") == writer.rows == count
+    assert len(shards(tmp_path / "t")) == max(1, -(-count // 10))
+    assert read_table(tmp_path / "t").to_pylist() == rows(count)
+    assert [r for batch in read_batches(tmp_path / "t", rows=4) for r in batch.to_pylist()] == rows(count)
+
+
+def test_the_bytes_do_not_depend_on_how_rows_come_in(tmp_path):
+    everything = rows(1000)
+    for name, seed in (("a", 1), ("b", 2)):
+        cut = random.Random(seed)
+        with ShardWriter(tmp_path / name, SCHEMA, rows_per_shard=300) as writer:
+            start = 0
+            while start < len(everything):
+                step = cut.randint(1, 90)
+                writer.write(pa.RecordBatch.from_pylist(everything[start : start + step], schema=SCHEMA))
+                start += step
+    assert output_digests(tmp_path / "a") == output_digests(tmp_path / "b")
+
+
+def test_a_failed_stream_writes_no_last_shard(tmp_path):
+    with pytest.raises(RuntimeError), ShardWriter(tmp_path / "t", SCHEMA, rows_per_shard=10) as writer:
+        writer.write(rows(15))
+        raise RuntimeError
+    assert count_rows(tmp_path / "t") == 10
+
+
+def test_digests_follow_content(tmp_path):
+    assert digest({"a": 1, "b": 5e-8}) == digest({"b": 5e-8, "a": 1}) != digest({"a": 1, "b": 5.1e-8})
+    (tmp_path / "x").write_bytes(b"1" * 5_000_000)
+    (tmp_path / "y").write_bytes(b"1" * 4_999_999 + b"2")
+    assert file_digest(tmp_path / "x") != file_digest(tmp_path / "y")
+    before = model_digest(tmp_path)
+    (tmp_path / "y").write_bytes(b"1" * 4_999_999 + b"3")
+    assert model_digest(tmp_path) != before
+
+
+def test_json_round_trips_and_damage_is_named(tmp_path):
+    write_json(tmp_path / "a.json", {"标签": [1, None]})
+    assert read_json(tmp_path / "a.json") == {"标签": [1, None]}
+    assert json.loads((tmp_path / "a.json").read_text()) == {"标签": [1, None]}
+    (tmp_path / "a.json").write_text("{")
+    with pytest.raises(UserError, match=r"a\.json is damaged"):
+        read_json(tmp_path / "a.json")
