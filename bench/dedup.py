@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from slmfast import _native
 from slmfast.near_duplicates import near_pairs, simhash
@@ -45,13 +46,16 @@ class Result:
     same_answer: bool | None
 
 
+Join = tuple[Callable[[], Any], Callable[[Any], Pairs]]  # what is timed, and how its answer becomes sorted pairs
+
+
 @dataclass(frozen=True)
 class Peer:
-    """A join by somebody else. `find` takes distinct fingerprints and k and gives the pairs."""
+    """A join by somebody else, made for given distinct fingerprints and k."""
 
     name: str
     package: str
-    find: Callable[[np.ndarray, int], Pairs]
+    join: Callable[[np.ndarray, int], Join]
     most_rows: int | None = None
 
     def version(self) -> str | None:
@@ -62,41 +66,58 @@ class Peer:
             return None
 
 
-def numpy_pairs(values: np.ndarray, k: int) -> Pairs:
+def numpy_join(values: np.ndarray, k: int) -> Join:
     """Brute force in tiles."""
-    found_i, found_j = [], []
-    for begin in range(0, len(values), 256):
-        near = np.bitwise_count(values[begin : begin + 256, None] ^ values[None, begin:]) <= k
-        i, j = np.nonzero(near)
-        later = i < j
-        found_i.append(i[later] + begin)
-        found_j.append(j[later] + begin)
-    return np.concatenate(found_i), np.concatenate(found_j)
+
+    def run() -> Pairs:
+        found_i, found_j = [], []
+        for begin in range(0, len(values), 256):
+            near = np.bitwise_count(values[begin : begin + 256, None] ^ values[None, begin:]) <= k
+            i, j = np.nonzero(near)
+            later = i < j
+            found_i.append(i[later] + begin)
+            found_j.append(j[later] + begin)
+        return np.concatenate(found_i), np.concatenate(found_j)
+
+    return run, lambda pairs: pairs
 
 
-def faiss_pairs(values: np.ndarray, k: int, threads: int) -> Pairs:
-    """IndexBinaryMultiHash with k + 1 hashes, exact because k bits cannot touch them all; its radius is strict."""
+def faiss_join(values: np.ndarray, k: int, threads: int) -> Join:
+    """IndexBinaryMultiHash with k + 1 hashes, exact because k bits can't touch them all; its radius is strict."""
     import faiss
 
     faiss.omp_set_num_threads(threads)
     codes = values.view(np.uint8).reshape(-1, 8)
-    index = faiss.IndexBinaryMultiHash(64, k + 1, 64 // (k + 1))
-    index.nflip = 0
-    index.add(codes)
-    limits, _, found = index.range_search(codes, k + 1)
-    rows = np.repeat(np.arange(len(values)), np.diff(limits.astype(np.int64)))
-    later = rows < found
-    return ordered(rows[later], found[later])
+
+    def run() -> tuple[np.ndarray, np.ndarray]:
+        index = faiss.IndexBinaryMultiHash(64, k + 1, 64 // (k + 1))
+        index.nflip = 0
+        index.add(codes)
+        limits, _, found = index.range_search(codes, k + 1)
+        return limits, found
+
+    def pairs(answer: tuple[np.ndarray, np.ndarray]) -> Pairs:
+        limits, found = answer
+        rows = np.repeat(np.arange(len(values)), np.diff(limits.astype(np.int64)))
+        later = rows < found
+        return ordered(rows[later], found[later])
+
+    return run, pairs
 
 
-def simhash_pybind_pairs(values: np.ndarray, k: int) -> Pairs:
+def simhash_pybind_join(values: np.ndarray, k: int) -> Join:
     """find_all of simhash-pybind, by permuted sorts, with two blocks more than differing bits."""
     import simhash as peer
 
-    matches = np.array(peer.find_all(values.tolist(), k + 2, k), dtype=np.uint64).reshape(-1, 2)
-    order = np.argsort(values)
-    rows = order[np.searchsorted(values, matches, sorter=order)]
-    return ordered(rows.min(axis=1), rows.max(axis=1))
+    numbers = values.tolist()
+
+    def pairs(answer: Any) -> Pairs:
+        matches = np.array(list(answer), dtype=np.uint64).reshape(-1, 2)
+        order = np.argsort(values)
+        rows = order[np.searchsorted(values, matches, sorter=order)]
+        return ordered(rows.min(axis=1), rows.max(axis=1))
+
+    return lambda: peer.find_all(numbers, k + 2, k), pairs
 
 
 def ordered(i: np.ndarray, j: np.ndarray) -> Pairs:
@@ -108,9 +129,9 @@ def ordered(i: np.ndarray, j: np.ndarray) -> Pairs:
 def peers(threads: int) -> list[Peer]:
     """All peers of the join, installed or not."""
     return [
-        Peer("numpy brute force", "numpy", numpy_pairs, most_rows=BRUTE_FORCE_ROWS),
-        Peer("faiss IndexBinaryMultiHash", "faiss-cpu", lambda values, k: faiss_pairs(values, k, threads)),
-        Peer("simhash-pybind find_all (1 thread)", "simhash-pybind", simhash_pybind_pairs),
+        Peer("numpy brute force", "numpy", numpy_join, most_rows=BRUTE_FORCE_ROWS),
+        Peer("faiss IndexBinaryMultiHash", "faiss-cpu", lambda values, k: faiss_join(values, k, threads)),
+        Peer("simhash-pybind find_all (1 thread)", "simhash-pybind", simhash_pybind_join),
     ]
 
 
@@ -149,11 +170,12 @@ def compare(case: str, values: np.ndarray, k: int, threads: int) -> Iterator[Res
     for peer in peers(threads):
         version = peer.version()
         if version is None:
-            print(f"{peer.name}: not installed; pip install {peer.package} brings it in")
             continue
         some = values[: peer.most_rows]
         ours, (i, j, _) = best_time(lambda some=some: near_pairs(some, k, threads=threads))
-        theirs, pairs = best_time(lambda some=some, find=peer.find: find(some, k))
+        run, decode = peer.join(some, k)
+        theirs, answer = best_time(run)
+        pairs = decode(answer)
         same = np.array_equal(i, pairs[0]) and np.array_equal(j, pairs[1])
         ratio = theirs / ours if same else None
         name = f"{case}, n={len(some):,}, k={k}, pairs={len(i):,}"
@@ -175,8 +197,6 @@ def fingerprint_rate(threads: int) -> Result:
         "Write a short story about a fox who learns to read. " * 6,
         "请写一个关于狐狸学会读书的短篇故事，并说明道理。" * 6,
     ] * 20_000
-    import pyarrow as pa
-
     column = pa.array(texts)
     seconds, _ = best_time(lambda: simhash(column, threads=threads))
     rate = sum(len(text.encode()) for text in texts) / seconds / 1e6
@@ -233,6 +253,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         values = draw(options.n, options.seed)
         results += compare(f"join, {draw.__name__}", values, options.k, options.threads)
     print(table(results))
+    for peer in peers(options.threads):
+        if peer.version() is None:
+            print(f"{peer.name}: not installed; pip install {peer.package} brings it in")
     document = {"bench": "dedup", "device": device(options.threads), "commit": commit()}
     print(json.dumps(document | {"results": [asdict(result) for result in results]}))
     return 1 if any(result.same_answer is False for result in results) else 0

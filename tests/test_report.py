@@ -337,7 +337,7 @@ def test_a_browser_shows_it_without_overflow(text, tmp_path, width):
         "--allow-file-access-from-files",
     ]
     command += [f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", (tmp_path / "frame.html").as_uri()]
-    dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True).stdout
     content, frame, drawings, flat = map(int, re.search(r"<title>([\d ]+)</title>", dom).group(1).split())
     assert frame <= width
     assert content <= frame

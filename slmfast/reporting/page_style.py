@@ -33,15 +33,14 @@ p { margin: .6rem 0; max-width: 46rem; }
 }
 nav ul { display: flex; flex-wrap: wrap; gap: .3rem 1rem; padding: 0; margin: 1rem 0; list-style: none; }
 a { color: var(--c1); }
-.scroll { margin: 1rem 0; }
+.scroll { overflow-x: auto; margin: 1rem 0; }
 table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
 caption { text-align: left; padding-bottom: .35rem; font-size: .92rem; max-width: calc(100vw - 2rem); }
 th, td { padding: .28rem .7rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top; }
 th { font-weight: 600; }
 th, td { white-space: nowrap; }
 th.words, td.words { text-align: left; padding-left: 0; }
-td.words { white-space: normal; overflow-wrap: anywhere; min-width: 6rem; max-width: 30rem; }
-td.words:first-child { min-width: 9.5rem; }
+td.words { white-space: normal; overflow-wrap: break-word; max-width: 30rem; }
 td.words + td.words + td.words { min-width: 14rem; }
 figure { margin: 1.2rem 0; }
 figure svg { display: block; width: 100%; max-width: 36rem; height: auto; }

@@ -111,7 +111,10 @@ def _differences(run: RunFolder, scores: Scores, tasks: list[str]) -> list[Block
         rows.append([model, *(NOTHING if cell is None else with_error(*cell, signed=True) for cell in cells)])
         verdicts.append(_verdict(model, overall))
     header = ["model", *tasks, *([MEAN] if len(tasks) > 1 else [])]
-    return [Table("Difference to the base model, item by item", header, rows), Text(" ".join(verdicts))]
+    return [
+        Table("Difference to the base model, paired by item where the items are stored", header, rows),
+        Text(" ".join(verdicts)),
+    ]
 
 
 def _item_values(run: RunFolder, model: str) -> dict[tuple[str, int], float]:

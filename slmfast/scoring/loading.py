@@ -126,7 +126,8 @@ def evaluating(model: nn.Module):
     training = model.training
     model.eval()
     try:
-        with torch.inference_mode():
+        # no_grad, not inference_mode: a buffer that a module renews inside must still serve in training.
+        with torch.no_grad():
             yield
     finally:
         model.train(training)

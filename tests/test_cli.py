@@ -1,0 +1,137 @@
+"""The command line as a user meets it: what works prints its result, what can't is one line and exit code 2."""
+
+import json
+import subprocess
+import sys
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+import pytest
+
+from slmfast.cli import main
+
+
+def outcome(capsys, *arguments):
+    code = main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err.strip()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["run", "nowhere.yaml"], "no recipe at nowhere.yaml"),
+        (["run", "--set", "dedup.kk=1"], "did you mean dedup.k?"),
+        (["run", "--until", "sleep"], "the stages are collect"),
+        (["run", "--set", "models.base=/no/such/model"], "recipe key models.base: no model at /no/such/model"),
+        (["run", "--set", "models.small=builtin:tiny"], "there is no builtin:tiny"),
+        (["run", "--set", "models.engine=magic"], "magic"),
+        (["status", "nowhere"], "nowhere holds no run"),
+        (["report", "nowhere"], "nowhere has no finished evaluation"),
+        (["collect", "nowhere.json", "--format", "alpaca", "-o", "out"], "nowhere.json"),
+        (["diversify", "nowhere", "-o", "out"], "nowhere is not a folder"),
+        (["dedup", "nowhere.parquet", "--column", "text", "-o", "out"], "nowhere.parquet does not exist"),
+        (["dedup", "table.xlsx", "--column", "text", "-o", "out"], "give a file that ends in"),
+        (["fuse", "S1", "-o", "out"], "write MODEL=WEIGHT"),
+        (["fuse", "S1=half", "-o", "out"], "the weight is not a number"),
+        (["fuse", "nowhere=1", "-o", "out"], "nowhere"),
+        (["train", "sft", "data", "--model", "nowhere", "-o", "out", "--set", "learning_rate=1e-5"], "nowhere"),
+        (["train", "sft", "data", "--model", "m", "-o", "out"], "learning_rate: is missing"),
+        (["train", "sft", "data", "--model", "m", "-o", "out", "--set", "learning_rate"], "write key=value"),
+        (["evaluate", "x=/no/model", "--tasks", "gsm8k", "-o", "out"], "/no/model is not a folder"),
+    ],
+)
+def test_a_user_error_is_one_line(arguments, expected, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, error = outcome(capsys, *arguments)
+    assert code == 2
+    assert expected in error
+    assert error.startswith("slmfast: ")
+    assert len(error.splitlines()) == 1
+
+
+def test_an_unset_data_folder_is_one_line(capsys, monkeypatch, tmp_path):
+    monkeypatch.delenv("SLMFAST_DATA", raising=False)
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        "collect: {sources: [{name: a, format: alpaca, path: '${SLMFAST_DATA}/a.json'}]}\nevaluate: {tasks: [mmlu]}\n"
+    )
+    code, _, error = outcome(capsys, "run", recipe, "--run-dir", tmp_path / "run")
+    assert code == 2
+    assert "SLMFAST_DATA" in error.splitlines()[-1]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl", "csv"])
+def test_dedup_of_a_files_column(kind, capsys, tmp_path):
+    texts = [
+        "How are you today, my friend?",
+        "how are you today, my friend?",
+        "今天天气很好，我们去公园散步吧",
+        "other words",
+    ]
+    table = pa.table({"n": list(range(4)), "text": texts})
+    path = tmp_path / f"table.{kind}"
+    if kind == "parquet":
+        pq.write_table(table, path)
+    elif kind == "csv":
+        pyarrow.csv.write_csv(table, path)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in table.to_pylist()))
+    code, out, _ = outcome(capsys, "dedup", path, "--column", "text", "-o", tmp_path / "out")
+    assert code == 0
+    assert "4 rows in = 3 kept + 1 dropped" in out
+    assert pq.read_table(tmp_path / "out" / "kept.parquet").column("n").to_pylist() == [0, 2, 3]
+    assert pq.read_table(tmp_path / "out" / "dropped.parquet").to_pylist() == [
+        {"row": 1, "duplicate_of": 0, "distance": 0}
+    ]
+    code, _, error = outcome(capsys, "dedup", path, "--column", "txt", "-o", tmp_path / "out")
+    assert code == 2
+    assert "--column takes one of n, text" in error
+
+
+def test_stages_work_one_by_one(capsys, tmp_path):
+    raw = tmp_path / "raw.jsonl"
+    rows = [{"instruction": f"What is the colour of number {i}?", "input": "", "output": "Blue."} for i in range(40)]
+    raw.write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[0]]) + "{broken\n")
+    for command in (
+        ["collect", raw, "--format", "alpaca", "-o", tmp_path / "collect"],
+        ["categorize", tmp_path / "collect", "-o", tmp_path / "categorize"],
+        ["dedup", tmp_path / "categorize", "-o", tmp_path / "dedup"],
+    ):
+        code, out, _ = outcome(capsys, *command)
+        assert code == 0, out
+    assert "up to date" in outcome(capsys, *command)[1]
+    counts = json.loads((tmp_path / "collect" / "manifest.json").read_text())["counts"]
+    assert counts == {"rows_in": 42, "out": 41, "dropped": 0, "rejected": 1}
+    counts = json.loads((tmp_path / "dedup" / "manifest.json").read_text())["counts"]
+    assert counts["rows_in"] == 41 == counts["out"] + counts["dropped"]
+    assert counts["dropped"] >= 1
+
+
+def test_a_stage_does_not_overwrite_other_files(capsys, tmp_path):
+    (tmp_path / "letter.txt").write_text("dear")
+    raw = tmp_path / "raw.jsonl"
+    raw.write_text('{"instruction": "a b c d e f", "output": "x"}\n')
+    code, _, error = outcome(capsys, "collect", raw, "--format", "alpaca", "-o", tmp_path)
+    assert code == 2
+    assert "holds other files" in error
+    assert (tmp_path / "letter.txt").read_text() == "dear"
+
+
+def test_doctor_tells_the_truth(capsys):
+    import torch
+
+    code, out, _ = outcome(capsys, "doctor")
+    lines = {line[:22].strip(): line[22:] for line in out.splitlines()}
+    assert code == 0
+    assert lines["torch"] == torch.__version__
+    assert lines["device"].startswith("cuda" if torch.cuda.is_available() else "cpu")
+    assert lines["native module"].startswith("built")
+
+
+def test_help_is_instant_and_complete():
+    done = subprocess.run([sys.executable, "-m", "slmfast.cli", "--help"], capture_output=True, text=True, cwd="/")
+    assert done.returncode == 0
+    for name in ("run", "status", "doctor", "bench", "collect", "dedup", "train", "fuse", "evaluate", "report"):
+        assert name in done.stdout
