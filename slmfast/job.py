@@ -1,6 +1,6 @@
 """What a stage is given, and the two ways in which stages walk through rows: as a stream, or in units of work."""
 
-import os
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,14 +69,14 @@ class Job:
         return folder / table if (folder / table).is_dir() or table != "records" else folder
 
     def model(self, role: str) -> str:
-        """The folder or hub name of the model in a role: base, large, small or judge."""
+        """The folder of the model in a role: base, large, small or judge."""
         return resolve_model(self.recipe, role, self.run_dir)
 
 
 def resolve_model(recipe: Recipe, role: str, run_dir: Path) -> str:
-    """The folder or hub name of the model that a recipe gives a role.
+    """The folder of the model that a recipe gives a role; a hub model is fetched first.
 
-    Raises UserError where a folder is named that isn't there.
+    Raises UserError where there is no such model.
     """
     key = f"models.{role}"
     name = getattr(recipe.models, role)
@@ -95,9 +95,23 @@ def resolve_model(recipe: Recipe, role: str, run_dir: Path) -> str:
             raise UserError(f"recipe key {key}: {local} holds no config.json; give a complete model folder")
         return str(local)
     # "owner/name" may be a hub name; anything that looks like a path must exist.
-    if name.startswith((".", "/", "~")) or name.count("/") != 1 or os.environ.get("HF_HUB_OFFLINE") == "1":
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise UserError(f"recipe key {key}: no model at {name}; give a model folder, a hub name or {BUILTIN}large")
-    return name
+    return download_model(name, key)
+
+
+@functools.cache
+def download_model(name: str, key: str) -> str:
+    """The local folder of a hub model, "owner/name" or "owner/name@revision", fetched if it isn't in the cache yet."""
+    from huggingface_hub import snapshot_download
+
+    repository, _, revision = name.partition("@")
+    patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt"]  # no pickled weights
+    try:
+        return snapshot_download(repository, revision=revision or None, allow_patterns=patterns)
+    except Exception as error:  # the hub's client raises many kinds; the user needs one line about the model
+        reason = " ".join(str(error).split())[:150]
+        raise UserError(f"recipe key {key}: {name} can't be fetched from the hub ({reason}): give a folder") from error
 
 
 def dropped_row(stage: str, row: dict[str, Any], reason: str) -> dict[str, Any]:

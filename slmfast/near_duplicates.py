@@ -8,14 +8,18 @@ Source: SimHash for near-duplicates is Charikar (2002) and Manku, Jain and Das S
 latter's and the pipeline's paper's.
 """
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from slmfast import _native
 from slmfast.arrow_texts import native_texts, normalised_rows, text_column
+from slmfast.index_file import SCHEMA, read_index, write_index
 
 MODES = ("representative", "components")
 
@@ -143,3 +147,88 @@ def _fingerprints(column: pa.ChunkedArray, ngram: int, threads: int) -> _Fingerp
         native_texts(replaced), normalised=True, ngram=ngram, threads=threads
     )
     return _Fingerprints(values, states, rows, replaced)
+
+
+class DedupIndex:
+    """A persistent, append-only index of kept texts.
+
+    Adding texts in parts keeps the same rows, with the same stand-ins, as `dedup` of all of them in one call: only
+    kept rows ever stand for others, so only they are stored. One process writes an index at a time.
+
+    Args:
+        path: the index file; the first `add` makes it. Its folder must exist.
+        k, verify, ngram: as for slmfast.dedup; an existing file must have been made with the same.
+
+    Raises:
+        UserError: the file is damaged, no index, of another version, or made with other settings.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], k: int = 3, *, verify: float | None = 0.8, ngram: int = 3) -> None:
+        self.path = Path(path)
+        self._dedup: dict[str, Any] = {"k": k, "verify": verify, "ngram": ngram}
+        dedup([], **self._dedup)  # refuses settings out of range before anything is stored under them
+        self._settings = {**self._dedup, "fingerprints": _native.FORMAT_VERSION}
+        exists = self.path.exists()
+        self._kept = read_index(self.path, self._settings) if exists else SCHEMA.empty_table()
+
+    def __len__(self) -> int:
+        """How many rows are kept that may stand for others (nulls and empty texts never do)."""
+        return self._kept.num_rows
+
+    def add(self, texts: Any, ids: Any, *, threads: int = 0) -> DedupResult:
+        """Deduplicates texts against the index and one another, and stores those that are kept.
+
+        Args:
+            texts: as for slmfast.dedup.
+            ids: n different integers, none of them in the index yet, by which later calls name these rows.
+
+        Returns:
+            A DedupResult whose duplicate_of holds ids: that of the stand-in, new or old; the row's own where kept.
+
+        Raises:
+            TypeError, ValueError: as slmfast.dedup, or the ids are not n new and different integers.
+        """
+        column = _as_large(text_column(texts))
+        new_ids = self._checked_ids(ids, len(column))
+        earlier = self._kept.column("text")
+        joined = pa.chunked_array([*earlier.chunks, *column.chunks], pa.large_string())
+        whole = dedup(joined, **self._dedup, threads=threads)
+        start = len(earlier)
+        all_ids = np.concatenate([self._kept.column("id").to_numpy(), new_ids])
+        result = DedupResult(whole.keep[start:], all_ids[whole.duplicate_of[start:]], whole.distance[start:])
+        rows = np.flatnonzero(result.keep & ~_blank(column))
+        if len(rows):
+            texts_kept = normalised_rows(column, rows)
+            added = pa.table([pa.chunked_array([new_ids[rows]]), texts_kept], schema=SCHEMA)
+            kept = pa.concat_tables([self._kept, added])
+            write_index(self.path, kept, self._settings)
+            self._kept = kept
+        return result
+
+    def _checked_ids(self, ids: Any, count: int) -> np.ndarray:
+        values = np.asarray(ids)
+        if values.ndim != 1 or len(values) != count:
+            raise ValueError(f"ids must be one for each of the {count} texts, not of shape {values.shape}")
+        if count and values.dtype.kind not in "iu":
+            raise TypeError(f"ids must be integers, not {values.dtype}: number the rows")
+        if values.dtype == np.uint64 and count and values.max() > np.iinfo(np.int64).max:
+            raise ValueError(f"id {values.max()} does not fit 64 bits with a sign: use smaller ids")
+        values = values.astype(np.int64)
+        taken = np.isin(values, self._kept.column("id").to_numpy())
+        if taken.any():
+            raise ValueError(f"id {values[taken][0]} is in the index already: give each row an id of its own")
+        unique, times = np.unique(values, return_counts=True)
+        if len(unique) != len(values):
+            raise ValueError(f"id {unique[times > 1][0]} is given twice: give each row an id of its own")
+        return values
+
+
+def _as_large(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    # Fingerprints first, for their error that names the row; Arrow's cast would not look at the bytes.
+    _native.fingerprints(native_texts(column), normalised=False, ngram=1, threads=1)
+    return column.cast(pa.large_string())
+
+
+def _blank(column: pa.ChunkedArray) -> np.ndarray:
+    lengths = pc.fill_null(pc.binary_length(column), 0)
+    return lengths.to_numpy() == 0

@@ -106,10 +106,7 @@ def make_job(name: str, recipe: Recipe, run_dir: Path) -> Job:
 def job_key(job: Job) -> str:
     """A hash of everything that a stage's outputs depend on."""
     module = stage_module(job.stage)
-    models = {}
-    for role in module.MODELS:
-        path = resolve_model(job.recipe, role, job.run_dir)
-        models[role] = model_digest(Path(path)) if Path(path).is_dir() else path
+    models = {role: model_digest(Path(job.model(role))) for role in module.MODELS}
     return digest(
         {
             "stage": job.stage,

@@ -72,7 +72,7 @@ def test_every_damaged_byte_is_noticed(stored):
             DedupIndex(stored)
     for length in {0, 1, 8, 47, 48, 60, len(whole) // 2, len(whole) - 1}:
         stored.write_bytes(whole[:length])
-        with pytest.raises(UserError, match="kept.index") as caught:
+        with pytest.raises(UserError, match=r"kept\.index") as caught:
             DedupIndex(stored)
         assert "\n" not in str(caught.value)
 

@@ -23,7 +23,8 @@ assert "torch" not in sys.modules, "import slmfast imports torch"
 import slmfast.kernels.reference
 from slmfast import _native
 import slmfast.miniature
-assert len(slmfast.near_pairs([0, 1, 255])[0]) == 1
+import numpy
+assert len(slmfast.near_pairs(numpy.array([0, 1, 255], numpy.uint64))[0]) == 1
 print(slmfast.__file__)
 """
 
