@@ -30,7 +30,7 @@ setup(
     ext_modules=[
         Pybind11Extension(
             "slmfast._native",
-            ["csrc/bindings.cpp", "csrc/simhash.cpp", "csrc/hamming_join.cpp", "csrc/clusters.cpp"],
+            sorted(str(source) for source in Path("csrc").glob("*.cpp")),
             include_dirs=["csrc"],
             depends=sorted(str(header) for header in Path("csrc").glob("*.hpp")),
             cxx_std=17,

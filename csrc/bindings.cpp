@@ -28,8 +28,8 @@ using Dense = py::array_t<T, py::array::c_style>;  // no forcecast: a wrong dtyp
 
 unsigned thread_count(int threads) {
     if (threads < 0 || threads > kMaxThreads)
-        throw py::value_error("threads must lie between 0 (all this process may use) and " + std::to_string(kMaxThreads) +
-                              ", not " + std::to_string(threads));
+        throw py::value_error("threads must lie between 0 (all this process may use) and " +
+                              std::to_string(kMaxThreads) + ", not " + std::to_string(threads));
     if (threads > 0) return static_cast<unsigned>(threads);
 #if defined(__linux__)
     cpu_set_t allowed;
@@ -54,7 +54,8 @@ Isa active_isa() {
         if (std::string(asked) == isa_name(isa) && isa_available(isa)) return isa;
     std::string known;
     for (const std::string& name : available_isas()) known += (known.empty() ? "" : ", ") + name;
-    throw py::value_error("SLMFAST_ISA=" + std::string(asked) + " is not available here: unset it or use one of " + known);
+    throw py::value_error("SLMFAST_ISA=" + std::string(asked) + " is not available here: unset it or use one of " +
+                          known);
 }
 
 int checked_ngram(int ngram) {
@@ -66,7 +67,8 @@ int checked_ngram(int ngram) {
 
 int checked_k(int k) {
     if (k < 0 || k > kMaxDistance)
-        throw py::value_error("k must lie between 0 and " + std::to_string(kMaxDistance) + ", not " + std::to_string(k));
+        throw py::value_error("k must lie between 0 and " + std::to_string(kMaxDistance) + ", not " +
+                              std::to_string(k));
     return k;
 }
 
@@ -183,8 +185,9 @@ py::tuple bind_cluster(const Texts& texts, const Texts& replaced, const Dense<st
     const bool inside = rows.empty() || (rows.front() >= 0 && rows.back() < n);
     if (!ordered || !inside || replaced.column().size() != static_cast<std::int64_t>(rows.size()))
         throw py::value_error("the replaced rows must ascend, lie inside the column and have one text each");
-    const bool known = std::all_of(states.data(), states.data() + n,
-                                   [](std::uint8_t state) { return state < static_cast<std::uint8_t>(RowState::foreign); });
+    const bool known = std::all_of(states.data(), states.data() + n, [](std::uint8_t state) {
+        return state < static_cast<std::uint8_t>(RowState::foreign);
+    });
     if (!known) throw py::value_error("every row needs a state, and none may be left to normalise");
     if (verify && !(*verify >= 0.0 && *verify <= 1.0))
         throw py::value_error("verify must be None or lie between 0 and 1");

@@ -65,7 +65,8 @@ private:
         std::vector<Row> distinct;
         for (std::size_t i = from; i < to; ++i) {
             const Row row = keyed_[i].second;
-            const auto equal = std::find_if(distinct.begin(), distinct.end(), [&](Row other) { return same(other, row); });
+            const auto equal =
+                std::find_if(distinct.begin(), distinct.end(), [&](Row other) { return same(other, row); });
             first[row] = equal == distinct.end() ? row : *equal;
             if (first[row] == row) distinct.push_back(row);
         }
@@ -134,7 +135,8 @@ struct Nodes {
 class Verifier {
 public:
     Verifier(const Input& in, const Nodes& nodes) : in_(in), nodes_(nodes) {
-        for (unsigned thread = 0; thread < in.options.threads; ++thread) jaccards_.emplace_back(in.texts, in.options.ngram);
+        for (unsigned thread = 0; thread < in.options.threads; ++thread)
+            jaccards_.emplace_back(in.texts, in.options.ngram);
     }
 
     bool operator()(unsigned thread, Node a, Node b) {
@@ -274,7 +276,8 @@ private:
 // Union-find in which the earliest node of a set is its root. Pairs stream in; none is held.
 class Components : public PairSink {
 public:
-    Components(const Input& in, const Nodes& nodes) : in_(in), nodes_(nodes), verify_(in, nodes), root_(nodes.rows.size()) {
+    Components(const Input& in, const Nodes& nodes)
+        : in_(in), nodes_(nodes), verify_(in, nodes), root_(nodes.rows.size()) {
         std::iota(root_.begin(), root_.end(), Node{0});
     }
 
@@ -346,7 +349,8 @@ void cluster(const NormalisedTexts& texts, const std::uint64_t* fingerprints, co
     // A node's first row comes before its other rows, so its own stand-in is already known.
     for (std::int64_t row = 0; row < n; ++row) {
         duplicate_of[row] = duplicate_of[duplicate_of[row]];
-        distance[row] = static_cast<std::uint8_t>(__builtin_popcountll(fingerprints[row] ^ fingerprints[duplicate_of[row]]));
+        const std::uint64_t difference = fingerprints[row] ^ fingerprints[duplicate_of[row]];
+        distance[row] = static_cast<std::uint8_t>(__builtin_popcountll(difference));
     }
 }
 

@@ -10,8 +10,8 @@
 
 namespace slmfast {
 
-// Orders `rows` (ascending on entry) so that rows of equal fingerprint are neighbours, ascending. The order of the groups
-// follows a hash, the same on any number of threads. Buckets of the hash are small enough to be sorted in cache.
+// Orders `rows` (ascending on entry) so that rows of equal fingerprint are neighbours, ascending. The order of the
+// groups follows a hash, the same on any number of threads. Buckets of the hash are mostly sorted in cache.
 inline std::vector<std::uint32_t> group_rows(const std::uint64_t* fingerprints, const std::vector<std::uint32_t>& rows,
                                              unsigned threads) {
     constexpr int kBits = 12;

@@ -9,7 +9,7 @@
 
 namespace slmfast {
 
-// Compares rows of one column; each thread has its own. It remembers the grams of the last `a`, so callers hold a fixed.
+// Compares rows of one column; each thread has its own. It remembers the grams of the last `a`: callers hold a fixed.
 class Jaccard {
 public:
     Jaccard(const NormalisedTexts& texts, int ngram) : texts_(texts), ngram_(ngram) {}

@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <exception>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -34,7 +35,11 @@ void parallel_for(std::size_t n, unsigned threads, std::size_t grain, Body&& bod
     const std::size_t pieces = (n + grain - 1) / grain;
     const unsigned helpers = static_cast<unsigned>(std::min<std::size_t>(threads, pieces));
     std::vector<std::thread> pool;
-    for (unsigned thread = 1; thread < helpers; ++thread) pool.emplace_back(work, thread);
+    try {
+        for (unsigned thread = 1; thread < helpers; ++thread) pool.emplace_back(work, thread);
+    } catch (const std::system_error&) {
+        // The system has no more threads to give: those there are, and this one, do all the work.
+    }
     work(0);
     for (std::thread& helper : pool) helper.join();
     if (failure) std::rethrow_exception(failure);

@@ -32,7 +32,7 @@ class Progress:
         rate = self.done / max(now - self._start, 1e-9)
         of = f"/{self.total:,}" if self.total else ""
         left = f", {_duration((self.total - self.done) / rate)} left" if self.total and rate > 0 else ""
-        line = f"{self.label}: {self.done:,}{of} {self.unit}, {rate:,.0f}/s{left}"
+        line = f"{self.label}: {self.done:,}{of} {self.unit}, {rate:,.{0 if rate >= 10 else 2}f}/s{left}"
         print(f"\r\x1b[K{line}" if self._terminal else line, end="" if self._terminal else "\n", file=sys.stderr)
         sys.stderr.flush()
 

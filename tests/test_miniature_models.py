@@ -1,6 +1,6 @@
 """The miniature's models as committed: complete folders, one tokenizer, and scores in the promised order."""
 
-import json
+import unicodedata
 from random import Random
 
 import pytest
@@ -9,9 +9,11 @@ from safetensors import safe_open
 
 from slmfast import prompts
 from slmfast.miniature import MODEL_NAMES, MODELS, lexicon
+from slmfast.miniature.examples import LARGE_DIET, Example, draw_example
 from slmfast.miniature.measure import judge_scores, task_scores
 from slmfast.miniature.phrasings import PHRASINGS
 from slmfast.miniature.tokenizer import END, WINDOW, fixed_prompts, train_tokenizer
+from slmfast.miniature.training import IGNORED, chat_text, encode
 
 MODEL_FILES = {
     "config.json",
@@ -41,7 +43,7 @@ def test_weights_are_bf16_with_plain_metadata() -> None:
     for name in MODEL_NAMES:
         with safe_open(MODELS / name / "model.safetensors", "pt") as weights:
             assert weights.metadata() == {"format": "pt"}
-            tensors = [weights.get_tensor(key) for key in weights.keys()]  # noqa: SIM118
+            tensors = [weights.get_tensor(key) for key in weights.keys()]
         assert {tensor.dtype for tensor in tensors} == {torch.bfloat16}
         assert all(bool(tensor.isfinite().all()) for tensor in tensors)
         sizes.append(sum(tensor.numel() for tensor in tensors))
@@ -60,17 +62,26 @@ def test_models_load_and_share_one_tokenizer() -> None:
         assert model.generation_config.eos_token_id == 2
 
 
-def test_tokenizer_comes_from_the_world(tokenizer) -> None:
-    assert train_tokenizer(0).to_str() == (MODELS / "large" / "tokenizer.json").read_text(encoding="utf-8") or (
-        json.loads(train_tokenizer(0).to_str())["model"] == json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-    )
+def test_models_were_trained_on_the_ids_that_users_get(tokenizer) -> None:
+    """AutoTokenizer builds Qwen2's own tokenizer beside a Qwen2 configuration, whatever tokenizer.json holds."""
+    trained_on, rng = train_tokenizer(0), Random(0)
+    assert trained_on.get_vocab() == tokenizer.get_vocab()
+    for _ in range(1000):
+        example = draw_example(LARGE_DIET, rng)
+        ids = tokenizer.apply_chat_template(example.messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+        assert ids == trained_on.encode(chat_text(example.messages)).ids
+        assert tokenizer(f"{example.reply}{END}\n")["input_ids"] == trained_on.encode(f"{example.reply}{END}\n").ids
 
 
 def test_any_text_round_trips(tokenizer) -> None:
     rng = Random(0)
     texts = ["", " \n\t ", "１３＋１４＝？", "naïve 😀 日本語 КАТ", "a  b", fixed_prompts()[0] + " x"]
-    texts += ["".join(chr(rng.choice((rng.randrange(32, 0xD7FF), rng.randrange(32, 127)))) for _ in range(40)) for _ in range(50)]
+    texts += [
+        "".join(chr(rng.choice((rng.randrange(32, 0xD7FF), rng.randrange(32, 127)))) for _ in range(40))
+        for _ in range(50)
+    ]
     for text in texts:
+        text = unicodedata.normalize("NFC", text)
         assert tokenizer.decode(tokenizer(text)["input_ids"], clean_up_tokenization_spaces=False) == text
 
 
@@ -88,8 +99,6 @@ def test_digits_letters_and_characters_stand_alone(tokenizer) -> None:
 
 
 def test_chat_template_is_what_the_models_were_trained_on(tokenizer) -> None:
-    from slmfast.miniature.training import chat_text
-
     messages = [
         {"role": "user", "content": "What is 3 + 4?"},
         {"role": "assistant", "content": "7"},
@@ -99,14 +108,13 @@ def test_chat_template_is_what_the_models_were_trained_on(tokenizer) -> None:
     assert text == chat_text(messages)
     assert text.endswith("<|im_start|>user\nReverse KAT.<|im_end|>\n<|im_start|>assistant\n")
     assert tokenizer.eos_token == END and tokenizer.pad_token != tokenizer.eos_token
-    ids = tokenizer.apply_chat_template(messages, tokenize=True, add_generation_prompt=True, return_dict=True)["input_ids"]
+    ids = tokenizer.apply_chat_template(messages, tokenize=True, add_generation_prompt=True, return_dict=True)[
+        "input_ids"
+    ]
     assert ids == tokenizer(text)["input_ids"]
 
 
 def test_training_examples_label_the_reply_and_its_closing_token(tokenizer) -> None:
-    from slmfast.miniature.examples import Example
-    from slmfast.miniature.training import IGNORED, encode
-
     judged = Example(prompts.quality_prompt("What is 3 + 14?", "17"), "1", embedded="17")
     plain = Example(prompts.user_turn("What is 3 + 14?"), "17")
     for example, expected in ((plain, ["17<|im_end|>"]), (judged, ["17", "1<|im_end|>"])):

@@ -16,7 +16,7 @@ from slmfast.records import prompt_text
 Messages = list[dict[str, str]]
 
 # Training sees the rare skills more often than the raw files show them: a label met six times is never learned.
-_LEAST_WEIGHT = 60
+_LEAST_WEIGHT = 150
 _LONG_SHARE = 0.06
 _TURNS_SHARE = 0.04
 

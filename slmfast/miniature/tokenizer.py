@@ -1,7 +1,7 @@
 """One tokenizer for all models of the miniature: byte-level BPE, trained on the world's own text.
 
-Any text round-trips. Digits and capital letters inside codes stand alone, so that arithmetic and spelling work on
-symbols; every Chinese character of the world is one token. The fixed prompts of the pipeline (labelling and judging)
+Any text in NFC round-trips. Digits and capital letters inside codes stand alone, so that arithmetic and spelling work
+on symbols; every Chinese character of the world is one token. The fixed prompts of the pipeline (labelling and judging)
 are one token each: models of a million weights spend their width on what is asked, and not on reading the question.
 """
 
@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from slmfast import prompts
 from slmfast.miniature import lexicon, replies
@@ -24,7 +25,8 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-# a word with its space, then any single character; digits, capitals of codes and Chinese characters fall to the latter
+# What merges are learned within: a word with its space, or any single character. Digits, the capitals of codes and
+# Chinese characters are such single characters, and so never merge with one another.
 _PIECE = r" ?[A-Z]?[a-z]+| ?[^\sA-Za-z0-9\p{Han}]|[\s\S]"
 
 
@@ -43,10 +45,7 @@ def fixed_prompts() -> list[str]:
 def train_tokenizer(seed: int = 0, items: int = 30_000) -> Tokenizer:
     """A tokenizer with VOCABULARY tokens, the same for the same seed."""
     tokenizer = Tokenizer(models.BPE())
-    split = pre_tokenizers.Split(Regex(_PIECE), "isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
+    tokenizer.pre_tokenizer = _split_by(_PIECE)
     tokenizer.decoder = decoders.ByteLevel()
     fixed = [AddedToken(text, normalized=False, special=False) for text in fixed_prompts()]
     trainer = trainers.BpeTrainer(
@@ -58,7 +57,15 @@ def train_tokenizer(seed: int = 0, items: int = 30_000) -> Tokenizer:
     )
     tokenizer.train_from_iterator(_corpus(seed, items), trainer)
     tokenizer.add_tokens(fixed)
+    # Beside a Qwen2 configuration AutoTokenizer builds Qwen2's own tokenizer, whatever tokenizer.json says of these.
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = _split_by(PRETOKENIZE_REGEX)
     return tokenizer
+
+
+def _split_by(pattern: str) -> pre_tokenizers.PreTokenizer:
+    split = pre_tokenizers.Split(Regex(pattern), "isolated")
+    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
 def _corpus(seed: int, items: int) -> Iterator[str]:

@@ -14,6 +14,7 @@ from slmfast.engines.base import Engine
 from slmfast.job import Counts, Job, run_units, unit_counts
 from slmfast.prompts import QUALITY_CHOICES, YES_NO, instruction_safety_prompt, quality_prompt, reply_safety_prompt
 from slmfast.records import prompt_text
+from slmfast.store import read_batches
 
 INPUTS = ("regenerate",)
 MODELS = ("judge",)
@@ -38,7 +39,18 @@ def run(job: Job) -> Counts:
     source = job.input("regenerate")
     engine = open_engine(job.recipe.models.engine, job.model("judge"))
     run_units(job, source, COLUMNS, job.settings.unit_rows, lambda rows: (rate_rows(engine, rows), []))
+    job.notes |= _count_unrated(job)
     return unit_counts(job, source)
+
+
+def _count_unrated(job: Job) -> dict[str, int]:
+    """How many replies there are, and how many have no rating because the judge could not read them."""
+    replies = unrated = 0
+    for batch in read_batches(job.table("records"), columns=["ratings"]):
+        ratings = [rating for group in batch.column("ratings").to_pylist() for rating in group]
+        replies += len(ratings)
+        unrated += sum(None in rating.values() for rating in ratings)
+    return {"replies": replies, "unrated_replies": unrated}
 
 
 def rate_rows(engine: Engine, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
