@@ -31,7 +31,10 @@ def dedup_file(path: Path, column: str, output: Path, **settings: Any) -> tuple[
         raise UserError(f"{path} is not readable as {READERS[path.suffix]}: {' '.join(str(error).split())}") from error
     if column not in table.column_names:
         raise UserError(f"{path} has no column {column}: --column takes one of {', '.join(table.column_names)}")
-    result = dedup(table.column(column), **settings)
+    try:
+        result = dedup(table.column(column), **settings)
+    except (TypeError, ValueError) as error:  # not a column of texts, or a text that isn't Unicode
+        raise UserError(f"{path}, column {column}: {error}") from error
     gone = np.flatnonzero(~result.keep)
     dropped = {"row": gone, "duplicate_of": result.duplicate_of[gone], "distance": result.distance[gone]}
     write_table(output / "kept.parquet", table.filter(pa.array(result.keep)))

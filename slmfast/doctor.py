@@ -45,7 +45,10 @@ def _native() -> str:
         from slmfast import _native as native
     except ImportError as error:
         return f"missing ({error}): install the package with a C++17 compiler at hand"
-    return f"built, instruction set {native.active_isa()}"
+    try:
+        return f"built, instruction set {native.active_isa()} of {', '.join(native.available_isas())}"
+    except ValueError as error:
+        return f"built, but {error}"
 
 
 def _kernels(cuda: bool) -> str:
