@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader of our output has gone
-        return 0
+        return 141  # as the shell counts a broken pipe
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise
@@ -84,10 +84,10 @@ def _add_data_stages(commands: argparse._SubParsersAction) -> None:
     dedup = commands.add_parser("dedup", help="drop near-duplicates from records or from a table's column")
     dedup.add_argument("input", type=Path, help="a folder of records, or a Parquet, JSON lines or CSV file")
     dedup.add_argument("--column", help="the text column of a file that does not hold records")
-    dedup.add_argument("--k", type=int, default=3, help="largest Hamming distance (default 3)")
-    dedup.add_argument("--verify", type=float, default=0.8, help="least Jaccard similarity (default 0.8)")
+    dedup.add_argument("--k", type=int, help="largest Hamming distance (default 3)")
+    dedup.add_argument("--verify", type=float, help="least Jaccard similarity (default 0.8)")
     dedup.add_argument("--no-verify", action="store_true", help="plain SimHash, as the paper has it")
-    dedup.add_argument("--mode", choices=["representative", "components"], default="representative")
+    dedup.add_argument("--mode", choices=["representative", "components"], help="default: representative")
     for name, help_text in (
         ("categorize", "rule categories for records"),
         ("classify", "labels from a language model"),

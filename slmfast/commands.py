@@ -13,7 +13,8 @@ from slmfast import pipeline
 from slmfast.errors import UserError
 from slmfast.job import Job
 from slmfast.recipe import STAGES, Collect, Evaluate, Recipe, Source, build, load_recipe
-from slmfast.store import MANIFEST, write_json
+from slmfast.records import RECORD_SCHEMA
+from slmfast.store import MANIFEST, table_schema, write_json
 
 MINIATURE = Path(__file__).parent / "miniature" / "recipe.yaml"
 
@@ -60,7 +61,8 @@ def report(arguments: Namespace) -> None:
     if not (run_dir / "evaluate" / MANIFEST).exists():
         raise UserError(f"{run_dir} has no finished evaluation: end the run first with slmfast run")
     recipe = load_recipe(run_dir / "recipe.yaml")
-    pipeline.run_stage(pipeline.make_job("report", recipe, run_dir))
+    with pipeline.only_run(run_dir):
+        pipeline.run_stage(pipeline.make_job("report", recipe, run_dir))
     print(f"report: {run_dir / 'report' / 'report.html'}")
 
 
@@ -79,17 +81,20 @@ def data_stage(arguments: Namespace) -> None:
 
 def dedup(arguments: Namespace) -> None:
     """Drops near-duplicates, from records or from one column of any table."""
-    verify = None if arguments.no_verify else arguments.verify
-    values = {"k": arguments.k, "verify": verify, "mode": arguments.mode}
+    given = {"k": arguments.k, "verify": arguments.verify, "mode": arguments.mode}
+    values = {name: value for name, value in given.items() if value is not None}
+    if arguments.no_verify:
+        values["verify"] = None
+    recipe = _settings(arguments)
+    settings = dataclasses.replace(recipe.dedup, **values)
     if arguments.column is None:
-        recipe = _settings(arguments)
-        settings = dataclasses.replace(recipe.dedup, **values)
         _run_alone(
             arguments, dataclasses.replace(recipe, dedup=settings), "dedup", _stage_input("dedup", arguments.input)
         )
         return
     from slmfast.dedup_files import dedup_file
 
+    values = dataclasses.asdict(settings)
     kept, dropped = dedup_file(arguments.input, arguments.column, arguments.output, **values)
     print(f"{kept + dropped:,} rows in = {kept:,} kept + {dropped:,} dropped: {arguments.output}")
 
@@ -102,13 +107,27 @@ def _settings(arguments: Namespace) -> Recipe:
 def _stage_input(stage: str, folder: Path) -> dict[str, Path]:
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: give the one that the stage before {stage} wrote")
-    return dict.fromkeys(pipeline.stage_module(stage).INPUTS, folder.absolute())
+    inputs = dict.fromkeys(pipeline.stage_module(stage).INPUTS, folder.absolute())
+    table = folder / "records" if (folder / "records").is_dir() else folder
+    columns = set(table_schema(table).names)
+    missing = set(RECORD_SCHEMA.names)
+    for earlier in STAGES[: STAGES.index(stage)]:
+        missing |= {field.name for field in getattr(pipeline.stage_module(earlier), "COLUMNS", ())}
+    missing -= columns
+    if missing:
+        raise UserError(f"{folder} lacks the columns {', '.join(sorted(missing))}: give the folder of the stage before")
+    if columns & {field.name for field in getattr(pipeline.stage_module(stage), "COLUMNS", ())}:
+        raise UserError(f"{folder} has been through {stage} already: give the folder of the stage before")
+    return inputs
 
 
 def _run_alone(arguments: Namespace, recipe: Recipe, stage: str, inputs: dict[str, Path]) -> None:
     folder = arguments.output.absolute()
     job = Job(stage=stage, recipe=recipe, run_dir=folder, folder=folder, inputs=inputs)
-    if folder.exists() and any(folder.iterdir()) and not pipeline.is_stage_folder(folder):
+    for source in inputs.values():
+        if folder == source or folder in source.parents or source in folder.parents:
+            raise UserError(f"{folder} is, holds or lies in the input {source}: give another folder with -o")
+    if folder.is_file() or not pipeline.may_write(job):
         raise UserError(f"{folder} holds other files: give a new folder with -o")
     if pipeline.is_up_to_date(job):
         print(f"{stage}: up to date")
@@ -136,7 +155,10 @@ def _setting(text: str) -> tuple[str, Any]:
     key, separator, value = text.partition("=")
     if not separator:
         raise UserError(f"--set {text}: write key=value, for instance --set learning_rate=5e-8")
-    return key, yaml.safe_load(value)
+    try:
+        return key, yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {text}: the value is not YAML") from error
 
 
 def fuse(arguments: Namespace) -> None:
@@ -148,6 +170,8 @@ def fuse(arguments: Namespace) -> None:
         model, _, weight = text.rpartition("=")
         if not model:
             raise UserError(f"{text}: write MODEL=WEIGHT, for instance runs/miniature/train/S1=0.5")
+        if Path(model).absolute() in map(Path.absolute, map(Path, weights)):
+            raise UserError(f"{model} is named twice: give each model once")
         try:
             weights[model] = float(weight)
         except ValueError as error:
@@ -170,9 +194,12 @@ def evaluate(arguments: Namespace) -> None:
         folder = task_folder(arguments.task_folder, arguments.data, Path(scratch) / "tasks")
         for text in arguments.models:
             name, _, model = text.rpartition("=")
-            if not Path(model).is_dir() and model.startswith((".", "/", "~")):
-                raise UserError(f"{model} is not a folder: give NAME=MODEL_FOLDER")
-            scores[name or Path(model).name] = evaluate_model(model, settings, folder, Path(scratch) / "cache").scores
+            name = name or Path(model).name
+            if name in scores:
+                raise UserError(f"{name} is named twice: give each model a name of its own")
+            if not (Path(model) / "config.json").is_file():
+                raise UserError(f"{model} is not a model folder: give NAME=MODEL_FOLDER")
+            scores[name] = evaluate_model(model, settings, folder, Path(scratch) / "cache").scores
     write_json(arguments.output, scores)
     print(format_scores(scores))
 

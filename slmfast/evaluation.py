@@ -1,6 +1,7 @@
 """Evaluation through lm-eval: any task that it knows, or task files of our own over local data; always in fp32."""
 
 import os
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,25 @@ class Evaluation(NamedTuple):
     items: list[dict[str, Any]]
 
 
+def _own_tasks(folder: str) -> list[Path]:
+    source = MINIATURE_TASKS if folder == "builtin:miniature" else Path(folder)
+    files = sorted(source.glob("*.yaml"))
+    if not files:
+        raise UserError(f"recipe key evaluate.task_folder: {source} holds no *.yaml task file")
+    return files
+
+
+def task_files(folder: str | None, data: str | None) -> list[Path]:
+    """Our own task files, and those files of their data that are there already."""
+    if folder is None:
+        return []
+    found = _own_tasks(folder)
+    for file in list(found):
+        for name in re.findall(r"\$\{DATA\}/([^\s\"']+)", file.read_text(encoding="utf-8")):
+            found += sorted(path for path in Path(data or "").glob(name) if path.is_file())
+    return found
+
+
 def task_folder(folder: str | None, data: str | None, target: Path) -> Path | None:
     """Copies lm-eval task files to `target`, with `${DATA}` replaced by the folder of their data.
 
@@ -25,12 +45,8 @@ def task_folder(folder: str | None, data: str | None, target: Path) -> Path | No
     """
     if folder is None:
         return None
-    source = MINIATURE_TASKS if folder == "builtin:miniature" else Path(folder)
-    files = sorted(source.glob("*.yaml"))
-    if not files:
-        raise UserError(f"recipe key evaluate.task_folder: {source} holds no *.yaml task file")
     target.mkdir(parents=True, exist_ok=True)
-    for file in files:
+    for file in _own_tasks(folder):
         text = file.read_text(encoding="utf-8")
         if "${DATA}" in text and data is None:
             raise UserError(f"{file} needs ${{DATA}}: set the recipe key evaluate.data to the folder of its data")
@@ -57,7 +73,11 @@ def evaluate_model(model: str, settings: Evaluate, folder: Path | None, cache: P
     missing = [task for task in settings.tasks if task not in manager.all_tasks]
     if missing:
         raise UserError(f"recipe key evaluate.tasks: lm-eval knows no task {', '.join(missing)}")
-    loaded = manager.load(list(settings.tasks))
+    try:
+        loaded = manager.load(list(settings.tasks))
+    except (OSError, datasets.exceptions.DatasetsError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"the data of the tasks {', '.join(settings.tasks)} can't be read: {reason}") from error
     for task in loaded["tasks"].values():
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)

@@ -20,18 +20,21 @@ from slmfast.job import Counts, Job, resolve_model
 from slmfast.recipe import STAGES, TRAINED, Recipe, dump_recipe
 from slmfast.store import (
     MANIFEST,
+    TEMPORARY,
     WORK,
     atomic_path,
     digest,
     model_digest,
     output_digests,
     read_json,
+    read_manifest,
     remove,
     remove_temporaries,
     write_json,
 )
 
 SUMMARY = "summary.json"
+LOCK = ".lock"  # also the mark of a run's folder
 
 
 def stage_module(name: str) -> ModuleType:
@@ -42,11 +45,15 @@ def stage_module(name: str) -> ModuleType:
 def run(recipe: Recipe, run_dir: Path, last: str | None = None) -> dict[str, Any]:
     """Runs all stages that are not up to date, up to `last` if given, and returns what summary.json holds."""
     recipe.require_complete()
-    for role in ("base", "large", "small", "judge"):
-        resolve_model(recipe, role, run_dir)  # a missing model shows before hours of work, not after
+    check_later_stages(recipe, run_dir)
+    if run_dir.exists() and not (run_dir / LOCK).exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+        raise UserError(f"{run_dir} holds other files: give a new folder with --run-dir")
     run_dir.mkdir(parents=True, exist_ok=True)
-    with _only_run(run_dir):
-        remove_temporaries(run_dir)
+    with only_run(run_dir):
+        for folder in (run_dir / name for name in ("raw", *STAGES)):
+            remove_temporaries(folder)
+        for stale in run_dir.glob(f".*{TEMPORARY}"):
+            remove(stale)
         with atomic_path(run_dir / "recipe.yaml") as temporary:
             temporary.write_text(dump_recipe(recipe), encoding="utf-8")
         _set_threads(recipe)
@@ -54,20 +61,30 @@ def run(recipe: Recipe, run_dir: Path, last: str | None = None) -> dict[str, Any
         for name in STAGES[: STAGES.index(last) + 1 if last else None]:
             job = make_job(name, recipe, run_dir)
             if is_up_to_date(job):
+                remove(job.folder / WORK)  # a kill may have left it behind a finished manifest
                 print(f"{name}: up to date", flush=True)
             else:
+                (run_dir / SUMMARY).unlink(missing_ok=True)
                 run_stage(job)
         if last in (None, STAGES[-1]):
             summary = summarize(recipe, run_dir)
             write_json(run_dir / SUMMARY, summary)
             return summary
-    return {"stages": stage_table(run_dir)}
+    return {"stages": stage_table(run_dir, last)}
+
+
+def check_later_stages(recipe: Recipe, run_dir: Path) -> None:
+    """Raises UserError for what would stop a run after hours: models, rules and task files that are not there."""
+    for role in ("base", "large", "small", "judge"):
+        resolve_model(recipe, role, run_dir)
+    for name in ("categorize", "evaluate"):
+        stage_module(name).files(make_job(name, recipe, run_dir))
 
 
 @contextmanager
-def _only_run(run_dir: Path) -> Iterator[None]:
+def only_run(run_dir: Path) -> Iterator[None]:
     """Holds the run's folder: two runs in one folder would tear each other's files."""
-    with (run_dir / ".lock").open("w") as lock:
+    with (run_dir / LOCK).open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -126,21 +143,25 @@ def _input_digests(job: Job) -> dict[str, str]:
     digests = {}
     for stage, folder in job.inputs.items():
         manifest = folder / MANIFEST
-        digests[stage] = read_json(manifest)["digest"] if manifest.exists() else digest(output_digests(folder))
+        digests[stage] = read_manifest(folder)["digest"] if manifest.exists() else digest(output_digests(folder))
     return digests
 
 
-def is_stage_folder(folder: Path) -> bool:
-    """Whether a folder is one that a stage has written or begun, so that it may be written again."""
-    return (folder / MANIFEST).exists() or (folder / WORK / "key").exists()
+def may_write(job: Job) -> bool:
+    """Whether a stage's folder is new, empty, or one that the same stage has written or begun."""
+    if (job.folder / MANIFEST).exists():
+        return read_manifest(job.folder)["stage"] == job.stage
+    begun = job.folder / WORK / "key"
+    if begun.exists():
+        return begun.read_text().startswith(f"{job.stage} ")
+    return not job.folder.exists() or {path.name for path in job.folder.iterdir()} <= {WORK}
 
 
 def is_up_to_date(job: Job) -> bool:
     """Whether a stage has finished with the settings and inputs of now, and its files are still there."""
-    path = job.folder / MANIFEST
-    if not path.exists():
+    if not (job.folder / MANIFEST).exists():
         return False
-    manifest = read_json(path)
+    manifest = read_manifest(job.folder)
     if manifest["key"] != job_key(job):
         return False
     return all((job.folder / name).exists() for name in manifest["outputs"])
@@ -149,11 +170,13 @@ def is_up_to_date(job: Job) -> bool:
 def run_stage(job: Job) -> None:
     """Runs one stage, going on from what a broken run of the same key has finished, and writes its manifest."""
     key = job_key(job)
+    mark = f"{job.stage} {key}"
     begun = job.folder / WORK / "key"
-    if (job.folder / MANIFEST).exists() or not begun.exists() or begun.read_text() != key:
+    if (job.folder / MANIFEST).exists() or not begun.exists() or begun.read_text() != mark:
         remove(job.folder)
+    remove_temporaries(job.folder)
     with atomic_path(begun) as temporary:
-        temporary.write_text(key)
+        temporary.write_text(mark)
     print(f"{job.stage}: running", flush=True)
     start = time.monotonic()
     counts: Counts = stage_module(job.stage).run(job)
@@ -187,13 +210,12 @@ def describe(counts: Counts) -> str:
     return f"{counts.rows_in:,} in = {counts.out:,} out + {counts.dropped:,} dropped + {counts.rejected:,} rejected"
 
 
-def stage_table(run_dir: Path) -> dict[str, dict[str, Any]]:
-    """The counts and seconds of every finished stage, by name, in order."""
+def stage_table(run_dir: Path, last: str | None = None) -> dict[str, dict[str, Any]]:
+    """The counts and seconds of every finished stage up to `last`, by name, in order."""
     table = {}
-    for name in STAGES:
-        path = run_dir / name / MANIFEST
-        if path.exists():
-            manifest = read_json(path)
+    for name in STAGES[: STAGES.index(last) + 1 if last else None]:
+        if (run_dir / name / MANIFEST).exists():
+            manifest = read_manifest(run_dir / name)
             counts = manifest["counts"]
             table[name] = {"in": counts["rows_in"]} | {k: counts[k] for k in ("out", "dropped", "rejected")}
             table[name]["seconds"] = manifest["seconds"]

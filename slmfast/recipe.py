@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from slmfast.engines import ENGINES
 from slmfast.errors import UserError
 from slmfast.training.settings import TrainSettings
 
@@ -63,6 +64,9 @@ class Models:
     judge: str | None = None  # rates replies; the large model unless named
     engine: str = "local"  # who runs them: local (transformers)
 
+    def __post_init__(self) -> None:
+        _require(self.engine in ENGINES, "models.engine", f"use {' or '.join(ENGINES)}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
@@ -98,6 +102,7 @@ class Dedup:
     ngram: int = 3
 
     def __post_init__(self) -> None:
+        _require(1 <= self.ngram <= 9, "dedup.ngram", "give 1 to 9 characters")
         _require(0 <= self.k <= 8, "dedup.k", "give a distance from 0 to 8")
         _require(self.mode in ("representative", "components"), "dedup.mode", "use representative or components")
         _require(self.verify is None or 0 <= self.verify <= 1, "dedup.verify", "give a share from 0 to 1, or null")
@@ -229,6 +234,7 @@ class Recipe:
     def __post_init__(self) -> None:
         valid = re.fullmatch(r"[\w][\w.-]*", self.name) is not None
         _require(valid, "name", "use letters, digits, dots, dashes and underscores: it names the run's folder")
+        _require(0 <= self.seed < 2**32, "seed", "give a whole number from 0 to 4294967295")
         _require(self.threads is None or self.threads > 0, "threads", "give a positive number, or null for all cores")
 
     def require_complete(self) -> None:
@@ -248,14 +254,23 @@ def load_recipe(path: Path | None, overrides: list[str] | None = None) -> Recipe
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
-        raw = yaml.safe_load(text.replace("${RECIPE}", str(path.absolute().parent)))
+        raw = yaml.safe_load(text)
     except FileNotFoundError as error:
         raise UserError(f"no recipe at {path}: give the path of a YAML file, or none for the miniature") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):
         raise UserError(f"{path} is not a recipe: it must be a mapping with the sections of a recipe")
-    return raw
+    return _with_folder(raw, str(path.absolute().parent))
+
+
+def _with_folder(value: Any, folder: str) -> Any:
+    """Plain data with `${RECIPE}` replaced in every text."""
+    if isinstance(value, dict):
+        return {key: _with_folder(item, folder) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_with_folder(item, folder) for item in value]
+    return value.replace("${RECIPE}", folder) if isinstance(value, str) else value
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -269,9 +284,10 @@ def _override(raw: dict[str, Any], override: str) -> None:
         raise UserError(f"--set {override}: write key=value, for instance --set dedup.k=4")
     *parents, last = key.split(".")
     for parent in parents:
-        raw = raw.setdefault(parent, {})
-        if not isinstance(raw, dict):
+        section = raw.get(parent, {})
+        if not isinstance(section, dict):
             raise UserError(f"--set {override}: {parent} is not a section of the recipe")
+        raw[parent] = raw = dict(section)  # a copy: a YAML alias may stand for the same section elsewhere
     try:
         raw[last] = yaml.safe_load(text)
     except yaml.YAMLError as error:

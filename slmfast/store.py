@@ -5,6 +5,7 @@ end `manifest.json`. Every file appears by atomic rename, so a file that exists 
 exists is finished. Work that has no place in a result lies under `.work/` and goes when the stage is done.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from slmfast.errors import UserError
@@ -23,8 +25,10 @@ WORK = ".work"
 MANIFEST = "manifest.json"
 TEMPORARY = ".tmp"  # the ending of a file or folder that is still being written
 
-ROWS_PER_SHARD = 16_384  # small enough that a shard of long texts still fits in memory
+ROWS_PER_SHARD = 65_536
 ROWS_PER_GROUP = 8_192
+ROWS_PER_CHECK = 128  # so often a shard's size is looked at
+BYTES_PER_SHARD = 32 << 20  # of text
 
 
 @contextmanager
@@ -52,8 +56,13 @@ def _sync(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Deletes a file or a whole folder, if it is there."""
+    """Deletes a file or a whole folder, if it is there.
+
+    A folder is renamed to a temporary name first: killed halfway, nobody takes what is left of it for a whole one.
+    """
     if path.is_dir() and not path.is_symlink():
+        if not path.name.endswith(TEMPORARY):
+            path = path.rename(path.with_name(f".{path.name}.gone{TEMPORARY}"))
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
@@ -69,6 +78,25 @@ def write_json(path: Path, value: Any) -> None:
     """Writes JSON atomically, keys in the order given."""
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turns what Arrow says of a damaged Parquet file into one line that names the file and the remedy."""
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        reason = " ".join(str(error).split())[:150]
+        raise UserError(f"{path} can't be read ({reason}): delete its stage's folder and run again") from error
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a finished stage."""
+    path = folder / MANIFEST
+    manifest = read_json(path)
+    if not isinstance(manifest, dict) or not {"stage", "key", "counts", "outputs", "digest"} <= manifest.keys():
+        raise UserError(f"{path} is not a manifest of ours: delete its folder and run again")
+    return manifest
 
 
 def read_json(path: Path) -> Any:
@@ -92,12 +120,16 @@ def shard_path(folder: Path, number: int) -> Path:
 
 def shards(folder: Path) -> list[Path]:
     """The shards of a table, in order; an absent table has none."""
-    return sorted(folder.glob("part-*.parquet"))
+    return sorted(folder.glob("part-*.parquet"), key=lambda path: int(path.stem.removeprefix("part-")))
 
 
 def count_rows(folder: Path) -> int:
     """How many rows a table holds, read from the shards' footers."""
-    return sum(pq.read_metadata(path).num_rows for path in shards(folder))
+    total = 0
+    for path in shards(folder):
+        with readable(path):
+            total += pq.read_metadata(path).num_rows
+    return total
 
 
 def read_batches(
@@ -105,16 +137,16 @@ def read_batches(
 ) -> Iterator[pa.RecordBatch]:
     """Streams a table's rows in order, at most `rows` at a time."""
     for path in shards(folder):
-        with pq.ParquetFile(path) as file:
+        with readable(path), pq.ParquetFile(path) as file:
             yield from file.iter_batches(batch_size=rows, columns=columns)
 
 
 def read_table(folder: Path, columns: Sequence[str] | None = None) -> pa.Table:
     """Reads a whole table into memory: for the small ones."""
-    tables = [pq.read_table(path, columns=columns, partitioning=None) for path in shards(folder)]
-    if not tables:
-        raise UserError(f"{folder} holds no part-*.parquet: give a folder that a stage wrote")
-    return pa.concat_tables(tables)
+    schema = table_schema(folder)
+    if columns is not None:
+        schema = pa.schema([schema.field(name) for name in columns])
+    return pa.Table.from_batches(read_batches(folder, columns), schema=schema)
 
 
 def table_schema(folder: Path) -> pa.Schema:
@@ -122,13 +154,26 @@ def table_schema(folder: Path) -> pa.Schema:
     parts = shards(folder)
     if not parts:
         raise UserError(f"{folder} holds no part-*.parquet: give a folder that a stage wrote")
-    return pq.read_schema(parts[0])
+    with readable(parts[0]):
+        return pq.read_schema(parts[0])
+
+
+def text_bytes(column: pa.Array) -> int:
+    """The bytes of all text in a column, lists and structs included."""
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        return pc.sum(pc.binary_length(column)).as_py() or 0
+    if pa.types.is_list(column.type):
+        return text_bytes(column.flatten())
+    if pa.types.is_struct(column.type):
+        return sum(map(text_bytes, column.flatten()))
+    return 0
 
 
 class ShardWriter:
-    """Writes a stream of rows as shards of a fixed number of rows; use it as a context manager.
+    """Writes a stream of rows as shards, each of a fixed number of rows or less; use it as a context manager.
 
-    The cut into shards depends on the rows alone, never on how they come in. A table without rows still gets one
+    A shard ends early where its texts get large, so that any shard fits in memory. Where it ends depends on the rows
+    alone, never on how they come in. A table without rows still gets one
     empty shard, so that its schema is known.
     """
 
@@ -139,6 +184,7 @@ class ShardWriter:
         self.rows = 0
         self._pending: list[pa.RecordBatch] = []
         self._pending_rows = 0
+        self._pending_bytes = 0
         self._next = 0
 
     def write(self, rows: pa.RecordBatch | pa.Table | Iterable[dict[str, Any]]) -> None:
@@ -155,12 +201,15 @@ class ShardWriter:
     def _append(self, batch: pa.RecordBatch) -> None:
         start = 0
         while start < batch.num_rows:
-            piece = batch.slice(start, self.rows_per_shard - self._pending_rows)
+            step = ROWS_PER_CHECK - self._pending_rows % ROWS_PER_CHECK
+            piece = batch.slice(start, min(step, self.rows_per_shard - self._pending_rows))
             self._pending.append(piece)
             self._pending_rows += piece.num_rows
+            self._pending_bytes += sum(map(text_bytes, piece.columns))
             self.rows += piece.num_rows
             start += piece.num_rows
-            if self._pending_rows == self.rows_per_shard:
+            large = self._pending_bytes > BYTES_PER_SHARD and self._pending_rows % ROWS_PER_CHECK == 0
+            if large or self._pending_rows == self.rows_per_shard:
                 self._flush()
 
     def _flush(self) -> None:
@@ -168,7 +217,7 @@ class ShardWriter:
         table = pa.Table.from_batches(self._pending, schema=self.schema).combine_chunks()
         write_table(shard_path(self.folder, self._next), table)
         self._next += 1
-        self._pending, self._pending_rows = [], 0
+        self._pending, self._pending_rows, self._pending_bytes = [], 0, 0
 
     def __enter__(self) -> "ShardWriter":
         return self
@@ -181,30 +230,25 @@ class ShardWriter:
 def digest(value: Any) -> str:
     """A short hash of plain data, the same in every process: keys are sorted, floats written exactly."""
     text = json.dumps(value, ensure_ascii=False, sort_keys=True, default=str)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=16).hexdigest()
 
 
 def file_digest(path: Path) -> str:
-    """A hash of a file's whole content."""
+    """A hash of a file's whole content, read once by this process as long as the file stays the same."""
+    status = path.stat()
+    return _file_digest(path, status.st_size, status.st_mtime_ns, status.st_ino)
+
+
+@functools.lru_cache(maxsize=4096)
+def _file_digest(path: Path, size: int, modified: int, inode: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def model_digest(folder: Path) -> str:
-    """A hash that tells models apart without reading gigabytes: of each file its name, its size and both its ends.
-
-    Training moves every tensor, and the last bytes of a safetensors file are weights, so both ends are enough.
-    """
-    ends = 1 << 20
-    state = hashlib.blake2b(digest_size=16)
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".")):
-        size = path.stat().st_size
-        state.update(f"{path.relative_to(folder)} {size}\n".encode())
-        with path.open("rb") as file:
-            state.update(file.read(ends))
-            file.seek(max(0, size - ends))
-            state.update(file.read(ends))
-    return state.hexdigest()
+    """A hash of all files of a model folder."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+    return digest([[str(path.relative_to(folder)), file_digest(path)] for path in files])
 
 
 def output_digests(folder: Path) -> dict[str, str]:

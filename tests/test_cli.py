@@ -3,12 +3,14 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 
+import slmfast
 from slmfast.cli import main
 
 
@@ -26,7 +28,7 @@ def outcome(capsys, *arguments):
         (["run", "--until", "sleep"], "the stages are collect"),
         (["run", "--set", "models.base=/no/such/model"], "recipe key models.base: no model at /no/such/model"),
         (["run", "--set", "models.small=builtin:tiny"], "there is no builtin:tiny"),
-        (["run", "--set", "models.engine=magic"], "magic"),
+        (["run", "--set", "models.engine=magic"], "recipe key models.engine: use local"),
         (["status", "nowhere"], "nowhere holds no run"),
         (["report", "nowhere"], "nowhere has no finished evaluation"),
         (["collect", "nowhere.json", "--format", "alpaca", "-o", "out"], "nowhere.json"),
@@ -36,10 +38,12 @@ def outcome(capsys, *arguments):
         (["fuse", "S1", "-o", "out"], "write MODEL=WEIGHT"),
         (["fuse", "S1=half", "-o", "out"], "the weight is not a number"),
         (["fuse", "nowhere=1", "-o", "out"], "nowhere"),
+        (["fuse", "S1=1", "./S1=2", "-o", "out"], "is named twice"),
+        (["train", "sft", "data", "--model", "m", "-o", "out", "--set", "learning_rate=["], "not YAML"),
         (["train", "sft", "data", "--model", "nowhere", "-o", "out", "--set", "learning_rate=1e-5"], "nowhere"),
         (["train", "sft", "data", "--model", "m", "-o", "out"], "learning_rate: is missing"),
         (["train", "sft", "data", "--model", "m", "-o", "out", "--set", "learning_rate"], "write key=value"),
-        (["evaluate", "x=/no/model", "--tasks", "gsm8k", "-o", "out"], "/no/model is not a folder"),
+        (["evaluate", "x=/no/model", "--tasks", "gsm8k", "-o", "out"], "/no/model is not a model folder"),
     ],
 )
 def test_a_user_error_is_one_line(arguments, expected, capsys, tmp_path, monkeypatch):
@@ -117,6 +121,70 @@ def test_a_stage_does_not_overwrite_other_files(capsys, tmp_path):
     assert code == 2
     assert "holds other files" in error
     assert (tmp_path / "letter.txt").read_text() == "dear"
+
+
+@pytest.fixture
+def records(capsys, tmp_path):
+    """A folder of ten records, as collect writes it."""
+    raw = tmp_path / "raw.jsonl"
+    lines = [json.dumps({"instruction": f"Name colour number {i}, please.", "output": "Blue."}) for i in range(10)]
+    raw.write_text("\n".join(lines) + "\n")
+    assert outcome(capsys, "collect", raw, "--format", "alpaca", "-o", tmp_path / "records")[0] == 0
+    return tmp_path / "records"
+
+
+def test_a_stage_never_writes_over_its_input(records, capsys, tmp_path):
+    for output in (records, records / "records", tmp_path):
+        code, _, error = outcome(capsys, "categorize", records, "-o", output)
+        assert code == 2
+        assert "give another folder with -o" in error
+    code, _, error = outcome(capsys, "categorize", records / "records", "-o", records)
+    assert code == 2
+    assert pq.read_table(records / "records").num_rows == 10
+
+
+def test_a_stage_wants_the_folder_of_the_stage_before(records, capsys, tmp_path):
+    code, _, error = outcome(capsys, "diversify", records, "-o", tmp_path / "out")
+    assert code == 2
+    assert "lacks the columns category, label" in error
+    outcome(capsys, "categorize", records, "-o", tmp_path / "categorized")
+    code, _, error = outcome(capsys, "categorize", tmp_path / "categorized", "-o", tmp_path / "out")
+    assert code == 2
+    assert "has been through categorize already" in error
+    code, _, error = outcome(capsys, "dedup", tmp_path / "categorized", "-o", records)
+    assert code == 2
+    assert "holds other files" in error
+
+
+def test_changed_rules_run_again(records, capsys, tmp_path):
+    rules = tmp_path / "rules.yaml"
+    built_in = Path(slmfast.__file__).parent / "data" / "categories.yaml"
+    rules.write_text(built_in.read_text(encoding="utf-8"), encoding="utf-8")
+    command = ["categorize", records, "-o", tmp_path / "out", "--set", f"categorize.rules={rules}"]
+    assert "running" in outcome(capsys, *command)[1]
+    assert "up to date" in outcome(capsys, *command)[1]
+    rules.write_text(rules.read_text(encoding="utf-8") + "# changed\n", encoding="utf-8")
+    assert "running" in outcome(capsys, *command)[1]
+
+
+def test_a_run_does_not_touch_other_peoples_folders(capsys, tmp_path):
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "mine.txt").write_text("dear")
+    code, _, error = outcome(capsys, "run", "--run-dir", tmp_path, "--until", "collect")
+    assert code == 2
+    assert "holds other files" in error
+    assert (tmp_path / "raw" / "mine.txt").read_text() == "dear"
+
+
+def test_dedup_takes_settings_from_the_recipe(records, capsys, tmp_path):
+    outcome(capsys, "categorize", records, "-o", tmp_path / "c")
+    for flags, expected in (
+        (["--set", "dedup.k=7", "--set", "dedup.verify=0.1"], (7, 0.1)),
+        (["--set", "dedup.k=7", "--k", "2", "--no-verify"], (2, None)),
+    ):
+        outcome(capsys, "dedup", tmp_path / "c", "-o", tmp_path / "d", *flags)
+        settings = json.loads((tmp_path / "d" / "manifest.json").read_text())["settings"]
+        assert (settings["k"], settings["verify"]) == expected
 
 
 def test_doctor_tells_the_truth(capsys):

@@ -41,6 +41,9 @@ def test_the_papers_recipe_has_the_papers_constants():
         ("dedup=3", "dedup: give a mapping"),
         ("seed=yes", "seed: give a whole number"),
         ("name=a/b", "name: use letters"),
+        ("seed=-1", "seed: give a whole number from 0"),
+        ("dedup.ngram=0", r"dedup\.ngram: give 1 to 9"),
+        ("models.engine=magic", r"models\.engine: use local"),
         ("train.S1.learning_rate=-1", r"train\.S1: learning_rate is -1"),
         ("train.S1.method=kto", "train: S1 is method sft"),
         ("fuse.weights.S9=1", "weigh base, S1, S2 and S3"),
@@ -71,6 +74,20 @@ def test_unreadable_recipes(tmp_path):
     (tmp_path / "list.yaml").write_text("- 1")
     with pytest.raises(UserError, match="is not a recipe"):
         load_recipe(tmp_path / "list.yaml")
+
+
+def test_an_override_changes_one_of_two_aliased_sections(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("train: {S2: &kto {method: kto, learning_rate: 1e-6}, S3: *kto}\n")
+    train = load_recipe(path, ["train.S3.learning_rate=1e-7"]).train
+    assert (train.S2.learning_rate, train.S3.learning_rate) == (1e-6, 1e-7)
+
+
+def test_the_recipes_folder_may_have_any_name(tmp_path):
+    folder = tmp_path / "a #b: [c"
+    folder.mkdir()
+    (folder / "r.yaml").write_text("evaluate: {tasks: [x], task_folder: '${RECIPE}/tasks'}\n")
+    assert load_recipe(folder / "r.yaml").evaluate.task_folder == f"{folder}/tasks"
 
 
 def test_variables_in_paths(monkeypatch, tmp_path):

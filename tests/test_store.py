@@ -4,6 +4,7 @@ import json
 import random
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from slmfast.errors import UserError
@@ -18,9 +19,14 @@ from slmfast.store import (
     read_batches,
     read_json,
     read_table,
+    remove,
     remove_temporaries,
+    shard_path,
     shards,
+    table_schema,
+    text_bytes,
     write_json,
+    write_table,
 )
 
 SCHEMA = pa.schema([("n", pa.int64()), ("text", pa.string())])
@@ -84,8 +90,57 @@ def test_digests_follow_content(tmp_path):
     (tmp_path / "y").write_bytes(b"1" * 4_999_999 + b"2")
     assert file_digest(tmp_path / "x") != file_digest(tmp_path / "y")
     before = model_digest(tmp_path)
-    (tmp_path / "y").write_bytes(b"1" * 4_999_999 + b"3")
+    (tmp_path / "y").write_bytes(b"1" * 2_500_000 + b"3" + b"1" * 2_499_998 + b"2")
     assert model_digest(tmp_path) != before
+
+
+def test_long_texts_make_small_shards(tmp_path):
+    rows_in = [{"n": i, "text": "字" * 200_000} for i in range(300)]
+    for name, step in (("a", 300), ("b", 7)):
+        with ShardWriter(tmp_path / name, SCHEMA) as writer:
+            for start in range(0, 300, step):
+                writer.write(rows_in[start : start + step])
+    parts = [pq.read_metadata(path).num_rows for path in shards(tmp_path / "a")]
+    assert parts == [128, 128, 44]
+    assert output_digests(tmp_path / "a") == output_digests(tmp_path / "b")
+
+
+def test_text_bytes_counts_nested_text():
+    column = pa.array([[{"role": "user", "content": "字a"}], [], None])
+    assert text_bytes(column) == len("user") + 4
+    assert text_bytes(pa.array([1, 2])) == 0
+
+
+def test_shards_are_read_in_order_of_their_numbers(tmp_path):
+    for number in (100_000, 99_999, 2):
+        write_table(shard_path(tmp_path, number), pa.table({"n": [number]}))
+    assert read_table(tmp_path).column("n").to_pylist() == [2, 99_999, 100_000]
+
+
+def test_a_damaged_shard_is_named(tmp_path):
+    with ShardWriter(tmp_path / "t", SCHEMA) as writer:
+        writer.write(rows(10))
+    (path,) = shards(tmp_path / "t")
+    path.write_bytes(path.read_bytes()[:50])
+    for read in (count_rows, table_schema, lambda folder: list(read_batches(folder))):
+        with pytest.raises(UserError, match=r"part-00000\.parquet can't be read"):
+            read(tmp_path / "t")
+
+
+def test_a_folder_is_gone_before_it_is_deleted(tmp_path, monkeypatch):
+    (tmp_path / "stage").mkdir()
+    (tmp_path / "stage" / "a").write_text("1")
+
+    def killed(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("slmfast.store.shutil.rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        remove(tmp_path / "stage")
+    assert not (tmp_path / "stage").exists()
+    monkeypatch.undo()
+    remove_temporaries(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_json_round_trips_and_damage_is_named(tmp_path):

@@ -158,14 +158,14 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
                 for value in _rows(batch):
                     number += 1
                     yield number, value
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError) as error:
         raise Broken(f"damaged Parquet data after row {number}: {' '.join(str(error).split())}") from error
 
 
 def _rows(batch: Any) -> list[Any]:
     try:
         return batch.to_pylist()
-    except UnicodeDecodeError:  # one bad row must not cost the others
+    except (ValueError, OverflowError):  # one bad row (not UTF-8, a date no Python has) must not cost the others
         return [_row(batch, i) for i in range(batch.num_rows)]
 
 
@@ -174,6 +174,8 @@ def _row(batch: Any, i: int) -> Any:
         return batch.slice(i, 1).to_pylist()[0]
     except UnicodeDecodeError as error:
         return Malformed(f"text that is not UTF-8: {error.reason}")
+    except (ValueError, OverflowError) as error:
+        return Malformed(f"a value that can't be read: {' '.join(str(error).split())}")
 
 
 def _read_exactly(stream: BinaryIO, size: int) -> bytes:

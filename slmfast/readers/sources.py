@@ -84,7 +84,8 @@ def _read_files(
         # A file's name may hold bytes that are not UTF-8; a table's text may not.
         file = path.relative_to(common).as_posix().encode(errors="replace").decode()
         for raw in _read_guarded(path, name):
-            where = f"{file}/{raw.member}" if raw.member else file
+            member = raw.member.encode(errors="replace").decode()
+            where = f"{file}/{member}" if member else file
             try:
                 parsed = _parse(raw.value, parse, max_text_bytes)
             except BadRecord as error:
@@ -107,7 +108,7 @@ def _read_guarded(path: Path, name: str) -> Iterator[Raw]:
             raise UserError(f"source {name}: nothing of {path} can be read: {error}; give {_KINDS}") from error
         yield Raw(last.member, last.line + 1, Malformed(f"the rest of the file can't be read: {error}"))
     except OSError as error:
-        what = error.strerror or str(error)
+        what = " ".join((error.strerror or str(error)).split())
         raise UserError(f"source {name}: {path} can't be read: {what}; check the file and its permissions") from error
     else:
         if isinstance(last.value, Malformed) and not readable:

@@ -44,6 +44,8 @@ def run(job: Job) -> Counts:
     positive = _balanced(codes, best, ids, job, "sft", job.settings.sft_size)
     wanted = int(positive.sum() / job.settings.positives_per_negative)
     negative = _balanced(codes, worst, ids, job, "kto", wanted)
+    if not negative.any():
+        raise UserError("align found no reply that is worse than a best one, and KTO needs some: collect more records")
     _write_records(job, source, choices, positive, negative)
     sizes = _write_sets(job)
     job.notes |= {"sets": sizes, "with_best": int(best.sum()), "with_worst": int(worst.sum())}

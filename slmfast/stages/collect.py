@@ -20,7 +20,8 @@ from slmfast.store import ShardWriter, file_digest
 INPUTS: tuple[str, ...] = ()
 MODELS: tuple[str, ...] = ()
 
-BATCH = 2048
+BATCH = 2048  # records, or
+BATCH_CHARACTERS = 4 << 20
 
 
 def source_paths(job: Job, source: Source) -> list[Path]:
@@ -52,7 +53,10 @@ def run(job: Job) -> Counts:
             per_source[source.name] = {"records": records.rows - before[0], "rejected": rejected.rows - before[1]}
     progress.close()
     if records.rows == 0:
-        raise UserError("collect read no record at all: see the reasons in the rejected table of the collect folder")
+        raise UserError(
+            f"collect read no record at all ({rejected.rows} rejected, with reasons in {job.table('rejected')}): "
+            "correct the paths and formats of collect.sources"
+        )
     job.notes["sources"] = per_source
     return Counts(records.rows + rejected.rows, records.rows, 0, rejected.rows)
 
@@ -64,11 +68,14 @@ def _read(job: Job, source: Source) -> Iterator[Record | Rejection]:
 
 def _batches(items: Iterator[Record | Rejection]) -> Iterator[list[Record | Rejection]]:
     batch: list[Record | Rejection] = []
+    size = 0
     for item in items:
         batch.append(item)
-        if len(batch) == BATCH:
+        if isinstance(item, Record):
+            size += len(item.reply) + sum(len(message["content"]) for message in item.prompt)
+        if len(batch) == BATCH or size > BATCH_CHARACTERS:
             yield batch
-            batch = []
+            batch, size = [], 0
     if batch:
         yield batch
 

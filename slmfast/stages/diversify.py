@@ -4,6 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from slmfast.errors import UserError
 from slmfast.job import Counts, Job, dropped_row
 from slmfast.records import DROPPED_SCHEMA
 from slmfast.sampling import balanced, entropy, gini, seeded_hashes
@@ -27,6 +28,8 @@ def run(job: Job) -> Counts:
     codes = np.where(rare[codes], -1, codes) if len(codes) else codes
     hashes = seeded_hashes((i.as_py() for i in columns.column("id")), job.recipe.seed, "diversify")
     keep = balanced(codes, hashes, job.settings.target)
+    if not keep.any():
+        raise UserError("diversify keeps no record: every label is rarer than diversify.min_label_count; lower it")
     _note(job, encoded.dictionary.to_pylist(), counts, np.bincount(codes[keep], minlength=len(counts)))
     start = 0
     with (

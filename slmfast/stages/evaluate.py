@@ -2,13 +2,25 @@
 
 import pyarrow as pa
 
-from slmfast.evaluation import evaluate_model, task_folder
+from slmfast.evaluation import evaluate_model, task_files, task_folder
 from slmfast.job import Counts, Job
 from slmfast.recipe import TRAINED, expand
-from slmfast.store import read_json, write_json, write_table
+from slmfast.store import file_digest, read_json, write_json, write_table
 
 INPUTS = ("train", "fuse")
 MODELS = ("base",)
+
+
+def _places(job: Job) -> tuple[str | None, str | None]:
+    """The folder of our own task files and the folder of their data, variables resolved."""
+    settings, folders = job.settings, {"RUN": job.run_dir}
+    tasks = None if settings.task_folder is None else expand(settings.task_folder, folders, "evaluate.task_folder")
+    return tasks, None if settings.data is None else expand(settings.data, folders, "evaluate.data")
+
+
+def files(job: Job) -> dict[str, str]:
+    """The digests of our own task files and of the data that they name: evaluate runs again when one changes."""
+    return {str(path): file_digest(path) for path in task_files(*_places(job))}
 
 
 def run(job: Job) -> Counts:
@@ -17,8 +29,7 @@ def run(job: Job) -> Counts:
     models = {"base": job.model("base")}
     models |= {name: str(job.inputs["train"] / name) for name in TRAINED}
     models["fused"] = str(job.inputs["fuse"] / "fused")
-    data = None if settings.data is None else expand(settings.data, {"RUN": job.run_dir}, "evaluate.data")
-    folder = task_folder(settings.task_folder, data, job.work / "tasks")
+    folder = task_folder(*_places(job), job.work / "tasks")
     scores = {}
     for name, path in models.items():
         done = job.work / f"{name}.json"
