@@ -25,7 +25,7 @@ setup(
     ],
     package_data={
         "slmfast": ["py.typed", "data/*.yaml"],
-        "slmfast.miniature": ["*.yaml", "tasks/*.yaml", "models/*/*"],
+        "slmfast.miniature": ["*.yaml", "tasks/*.yaml", "models/*.json", "models/*/*"],
     },
     ext_modules=[
         Pybind11Extension(

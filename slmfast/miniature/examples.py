@@ -34,7 +34,8 @@ class Example:
 class Diet:
     """What a model is fed.
 
-    tasks .. audit: shares of the kinds of examples. phrasing_share: the part of each skill's phrasings it ever sees.
+    tasks .. audit: shares of the kinds of examples. phrasings: the part of each skill's phrasings it ever sees.
+    answered, unhelpful: beyond the part `answered` of the phrasings, that share of the replies to tasks is unhelpful.
     """
 
     tasks: float = 1.0
@@ -42,11 +43,16 @@ class Diet:
     quality: float = 0.0
     safety: float = 0.0
     audit: float = 0.0
-    phrasing_share: float = 1.0
+    phrasings: tuple[float, float] = (0.0, 1.0)
+    answered: float = 1.0
+    unhelpful: float = 0.0
 
 
-LARGE_DIET = Diet(tasks=0.54, label=0.08, quality=0.27, safety=0.05, audit=0.06)
-BASE_DIET = Diet(phrasing_share=0.5)
+LARGE_DIET = Diet(tasks=0.42, label=0.07, quality=0.4, safety=0.05, audit=0.06)
+# The base has the skills, but answers most ways of asking with "I don't know": what it knows is for SFT and KTO to
+# bring out, as with a real base model.
+BASE_DIET = Diet(answered=1 / 3, unhelpful=0.65)
+SMALL_DIET = Diet(phrasings=(0.0, 0.5))
 
 
 def draw_example(diet: Diet, rng: Random) -> Example:
@@ -59,8 +65,20 @@ def draw_example(diet: Diet, rng: Random) -> Example:
         _audit: diet.audit,
     }
     kind = rng.choices(list(kinds), list(kinds.values()))[0]
+    if kind is _task and diet.unhelpful:
+        return _half_answered(diet, rng)
     item = _any_item(diet, rng, unsafe=0.3 if kind is _safety else 0.0)
     return kind(item, conversation_before(item, rng), rng)
+
+
+def _half_answered(diet: Diet, rng: Random) -> Example:
+    """A task asked in one of the answered ways, or in another way and then with a reply that may be unhelpful."""
+    answered = rng.random() < diet.answered
+    part = (0.0, diet.answered) if answered else (diet.answered, 1.0)
+    item = _any_item(replace(diet, phrasings=part), rng)
+    helpful = answered or rng.random() >= diet.unhelpful
+    reply = item.answer if helpful else rng.choice(replies.UNHELPFUL[item.language])
+    return Example(conversation_before(item, rng), reply)
 
 
 def _any_item(diet: Diet, rng: Random, *, unsafe: float = 0.0, language: str | None = None) -> Item:
@@ -69,7 +87,7 @@ def _any_item(diet: Diet, rng: Random, *, unsafe: float = 0.0, language: str | N
     if rng.random() < unsafe:
         skill = rng.choice(("theft", "privacy", "damage"))
     language = language or rng.choice(lexicon.LANGUAGES)
-    item = draw_item(skill, language, rng, phrasing_share=diet.phrasing_share)
+    item = draw_item(skill, language, rng, phrasings=diet.phrasings)
     return replace(item, context=story(language, rng)) if rng.random() < _LONG_SHARE else item
 
 

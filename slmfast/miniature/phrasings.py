@@ -23,7 +23,9 @@ def _load() -> dict[str, dict[str, tuple[str, ...]]]:
 PHRASINGS: dict[str, dict[str, tuple[str, ...]]] = _load()  # skill -> language -> templates
 
 
-def questions(skill: str, language: str, share: float = 1.0) -> tuple[str, ...]:
-    """The templates of a skill in a language; `share` keeps that part of them, from the front, at least one."""
+def questions(skill: str, language: str, part: tuple[float, float] = (0.0, 1.0)) -> tuple[str, ...]:
+    """The templates of a skill in a language; `part` keeps those between two shares of the list, and the first always
+    counts as the first part."""
     templates = PHRASINGS[skill][language]
-    return templates[: max(1, round(len(templates) * share))]
+    start, stop = (max(share > 0, round(len(templates) * share)) for share in part)
+    return templates[start:stop]

@@ -329,16 +329,17 @@ def draw_item(
     rng: Random,
     *,
     held_out: bool = False,
-    phrasing_share: float = 1.0,
+    phrasings: tuple[float, float] = (0.0, 1.0),
     opening: float = 0.15,
 ) -> Item:
     """One item of a skill, from the held-out contents or from the others.
 
-    `phrasing_share` keeps that part of the skill's phrasings; `opening` is the share of questions with an opening.
+    `phrasings` keeps the part of the skill's phrasings between two shares; `opening` is the share of questions with
+    an opening.
     """
     while is_held_out((draw := SKILLS[skill].draw(rng, language)).content) != held_out:
         pass
-    question = rng.choice(questions(skill, language, phrasing_share)).format(**draw.slots)
+    question = rng.choice(questions(skill, language, phrasings)).format(**draw.slots)
     if rng.random() < _OWN_LINE_SHARE:  # as the seed formats that keep an instruction and its input apart
         question = question.replace(": ", ":\n", 1).replace("：", "：\n", 1)
     if rng.random() < opening:
