@@ -6,7 +6,6 @@
 #include <cstddef>
 #include <exception>
 #include <mutex>
-#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -36,9 +35,10 @@ void parallel_for(std::size_t n, unsigned threads, std::size_t grain, Body&& bod
     const unsigned helpers = static_cast<unsigned>(std::min<std::size_t>(threads, pieces));
     std::vector<std::thread> pool;
     try {
+        pool.reserve(helpers);
         for (unsigned thread = 1; thread < helpers; ++thread) pool.emplace_back(work, thread);
-    } catch (const std::system_error&) {
-        // The system has no more threads to give: those there are, and this one, do all the work.
+    } catch (...) {
+        // The system has no more threads or memory to give: the helpers there are, and this thread, do all the work.
     }
     work(0);
     for (std::thread& helper : pool) helper.join();

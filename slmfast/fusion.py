@@ -8,6 +8,7 @@ weight, so the average is taken in float64 and kept in float32; `update_survival
 import math
 import sys
 from collections.abc import Iterator, Mapping
+from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -117,11 +118,11 @@ def fuse(
         float32 `update_survival`.
 
     Raises:
-        UserError: no models, a bad weight, tensors whose names, shapes or values do not allow an average, or an
-            output that would replace something else.
+        UserError: no models, one named twice, a bad weight, tensors whose names, shapes or values do not allow an
+            average, or an output that would replace something else.
     """
-    paths = [Path(path) for path in models]
-    shares = _normalised({Path(path): weight for path, weight in models.items()})
+    shares = _normalised(models)
+    paths = list(shares)
     target, kind = Path(output), as_dtype(dtype)
     check_output(target, CARD, paths)
     weights = {path: ModelWeights(path) for path in paths}
@@ -143,16 +144,22 @@ def fuse(
     return card
 
 
-def _normalised(models: dict[Path, float]) -> dict[Path, float]:
+def _normalised(models: Mapping[str | Path, float]) -> dict[Path, float]:
+    if not isinstance(models, Mapping):
+        raise UserError(f"models is a {type(models).__name__}: give model folders with their weights, {{folder: 0.5}}")
     if not models:
         raise UserError("there is no model to fuse: name at least one with its weight")
+    weights: dict[Path, float] = {}
     for path, weight in models.items():
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight) or weight < 0:
+        if isinstance(weight, bool) or not isinstance(weight, Real) or not math.isfinite(weight) or weight < 0:
             raise UserError(f"the fusion weight of {path} is {weight!r}: set it to a number of at least 0")
-    total = math.fsum(models.values())
+        if Path(path).resolve() in {other.resolve() for other in weights}:
+            raise UserError(f"{path} is named twice among the models to fuse: name it once with its whole weight")
+        weights[Path(path)] = float(weight)
+    total = math.fsum(weights.values())
     if total <= 0:
         raise UserError("all fusion weights are 0: give at least one model a weight above 0")
-    return {path: weight / total for path, weight in models.items()}
+    return {path: weight / total for path, weight in weights.items()}
 
 
 def _averages(

@@ -51,6 +51,20 @@ def read_index(path: Path, settings: dict[str, Any]) -> pa.Table:
     return pa.ipc.open_file(pa.BufferReader(body.slice(length))).read_all()
 
 
+def read_stamp(path: Path) -> bytes | None:
+    """The head of the file, whose checksum tells one content from another; None where there is no file.
+
+    Raises UserError where it can't be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return file.read(_HEAD.size)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(f"{path}: the index can't be opened ({error.strerror or error}); {_REMEDY}") from error
+
+
 def write_index(path: Path, rows: pa.Table, settings: dict[str, Any]) -> None:
     """Writes rows of SCHEMA, all or nothing."""
     header = json.dumps(settings).encode()

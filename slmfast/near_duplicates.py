@@ -8,8 +8,10 @@ Source: SimHash for near-duplicates is Charikar (2002) and Manku, Jain and Das S
 latter's and the pipeline's paper's.
 """
 
+import operator
 import os
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,8 @@ import pyarrow.compute as pc
 
 from slmfast import _native
 from slmfast.arrow_texts import native_texts, normalised_rows, text_column
-from slmfast.index_file import SCHEMA, read_index, write_index
+from slmfast.errors import UserError
+from slmfast.index_file import SCHEMA, read_index, read_stamp, write_index
 
 MODES = ("representative", "components")
 
@@ -55,6 +58,7 @@ def simhash(texts: Any, *, ngram: int = 3, threads: int = 0) -> np.ndarray:
     Raises:
         TypeError, ValueError: as slmfast.dedup.
     """
+    ngram, threads = _whole("ngram", ngram), _whole("threads", threads)
     return _fingerprints(text_column(texts), ngram, threads).values
 
 
@@ -71,13 +75,14 @@ def near_pairs(fingerprints: Any, k: int = 3, *, threads: int = 0) -> tuple[np.n
         give all their pairs, so m is quadratic in the size of such a group; dedup never holds these.
 
     Raises:
-        TypeError: the fingerprints are not uint64.
+        TypeError: the fingerprints are not uint64, or a setting is no whole number.
         ValueError: they are not one-dimensional, or k or threads is out of range.
     """
     values = np.asarray(fingerprints)
     if values.dtype != np.uint64 and values.size:
         raise TypeError(f"fingerprints must be uint64, not {values.dtype}: pass what slmfast.simhash gives")
-    return _native.near_pairs(np.ascontiguousarray(values, dtype=np.uint64), k, threads)
+    k, threads = _whole("k", k), _whole("threads", threads)
+    return _native.near_pairs(np.asarray(values, dtype=np.uint64, order="C"), k, threads)
 
 
 def dedup(
@@ -109,11 +114,14 @@ def dedup(
         A DedupResult of n rows.
 
     Raises:
-        TypeError: texts is not a column of strings.
+        TypeError: texts is not a column of strings, or a setting is no number.
         ValueError: a row is not valid Unicode (the message names it), or a setting is out of range.
     """
     if mode not in MODES:
         raise ValueError(f"mode must be {' or '.join(MODES)}, not {mode!r}")
+    k, ngram, threads = _whole("k", k), _whole("ngram", ngram), _whole("threads", threads)
+    if verify is not None and not isinstance(verify, Real):
+        raise TypeError(f"verify must be None or a number between 0 and 1, not {verify!r}")
     column = text_column(texts)
     found = _fingerprints(column, ngram, threads)
     duplicate_of, distance = _native.cluster(
@@ -129,6 +137,13 @@ def dedup(
         threads=threads,
     )
     return DedupResult(duplicate_of == np.arange(len(duplicate_of)), duplicate_of, distance)
+
+
+def _whole(name: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be a whole number, not {value!r}") from None
 
 
 @dataclass(frozen=True)
@@ -165,15 +180,23 @@ class DedupIndex:
 
     def __init__(self, path: str | os.PathLike[str], k: int = 3, *, verify: float | None = 0.8, ngram: int = 3) -> None:
         self.path = Path(path)
-        self._dedup: dict[str, Any] = {"k": k, "verify": verify, "ngram": ngram}
-        dedup([], **self._dedup)  # refuses settings out of range before anything is stored under them
+        dedup([], k=k, verify=verify, ngram=ngram)  # refuses settings out of range before anything is stored under them
+        number = None if verify is None else float(verify)  # numpy's numbers are none to JSON
+        self._dedup: dict[str, Any] = {"k": operator.index(k), "verify": number, "ngram": operator.index(ngram)}
         self._settings = {**self._dedup, "fingerprints": _native.FORMAT_VERSION}
-        exists = self.path.exists()
-        self._kept = read_index(self.path, self._settings) if exists else SCHEMA.empty_table()
+        self._kept = SCHEMA.empty_table()
+        self._stamp: bytes | None = None  # what tells the file that was read or written last from any other
+        self._refresh()
 
     def __len__(self) -> int:
         """How many rows are kept that may stand for others (nulls and empty texts never do)."""
         return self._kept.num_rows
+
+    def _refresh(self) -> None:
+        """Reads the file again where it is not the one that was read or written last."""
+        stamp = read_stamp(self.path)
+        if stamp is not None and stamp != self._stamp:
+            self._kept, self._stamp = read_index(self.path, self._settings), stamp
 
     def add(self, texts: Any, ids: Any, *, threads: int = 0) -> DedupResult:
         """Deduplicates texts against the index and one another, and stores those that are kept.
@@ -187,7 +210,9 @@ class DedupIndex:
 
         Raises:
             TypeError, ValueError: as slmfast.dedup, or the ids are not n new and different integers.
+            UserError: somebody else wrote to the file meanwhile, or damaged it; nothing is added.
         """
+        self._refresh()  # another DedupIndex may have added to the file
         column = _as_large(text_column(texts))
         new_ids = self._checked_ids(ids, len(column))
         earlier = self._kept.column("text")
@@ -201,8 +226,10 @@ class DedupIndex:
             texts_kept = normalised_rows(column, rows)
             added = pa.table([pa.chunked_array([new_ids[rows]]), texts_kept], schema=SCHEMA)
             kept = pa.concat_tables([self._kept, added])
+            if read_stamp(self.path) not in (self._stamp, None):
+                raise UserError(f"{self.path} was written to by another process meanwhile: add the same texts again")
             write_index(self.path, kept, self._settings)
-            self._kept = kept
+            self._kept, self._stamp = kept, read_stamp(self.path)
         return result
 
     def _checked_ids(self, ids: Any, count: int) -> np.ndarray:

@@ -231,3 +231,17 @@ def test_many_equal_rows_stay_linear():
 def test_settings_out_of_range_are_named(setting, message):
     with pytest.raises(ValueError, match=message):
         dedup(["some text"], **setting)
+
+
+@pytest.mark.parametrize("setting", ["k", "ngram", "threads", "verify"])
+@pytest.mark.parametrize("value", ["x", [3]])
+def test_settings_that_are_no_numbers_are_named(setting, value):
+    with pytest.raises(TypeError, match=f"{setting} must be "):
+        dedup(["a text"], **{setting: value})
+
+
+def test_k_may_not_be_left_out():
+    with pytest.raises(TypeError, match="k must be a whole number, not None"):
+        dedup(["a text"], k=None)
+    with pytest.raises(TypeError, match=r"ngram must be a whole number, not 2\.5"):
+        simhash(["a text"], ngram=2.5)

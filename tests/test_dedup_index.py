@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from slmfast import DedupIndex, UserError, dedup
+from slmfast import DedupIndex, UserError, dedup, near_duplicates
 
 TEXTS = [
     *(
@@ -51,6 +51,40 @@ def test_arrow_columns_and_nothing_to_store(tmp_path):
     assert index.add([], []).n_kept == 0 and not index.path.exists()
     column = pa.chunked_array([["a text of its own"], ["A TEXT of its own"]])
     assert index.add(column, [3, 4]).duplicate_of.tolist() == [3, 3]
+
+
+def test_two_that_hold_one_file_lose_nothing_of_each_other(tmp_path):
+    one, two = (DedupIndex(tmp_path / "kept.index") for _ in range(2))
+    one.add(["the first text, which stays"], [1])
+    result = two.add(["the first text, which stays", "a second one of quite other words"], [2, 3])
+    assert result.duplicate_of.tolist() == [1, 3]
+    assert one.add(["a second one of quite other words", "something third"], [4, 5]).duplicate_of.tolist() == [3, 5]
+    with pytest.raises(ValueError, match="id 5 is in the index already"):
+        two.add(["whatever else there may be"], [5])
+    assert len(one) == len(two) == len(DedupIndex(tmp_path / "kept.index")) == 3
+
+
+def test_a_file_that_is_written_during_an_add_is_not_written_over(tmp_path, monkeypatch):
+    index = DedupIndex(tmp_path / "kept.index")
+    index.add(["the first text, which stays"], [1])
+    dedup_itself = near_duplicates.dedup
+
+    def interrupted(*args, **kwargs):
+        monkeypatch.undo()
+        DedupIndex(tmp_path / "kept.index").add(["another process adds this one"], [2])
+        return dedup_itself(*args, **kwargs)
+
+    monkeypatch.setattr(near_duplicates, "dedup", interrupted)
+    with pytest.raises(UserError, match="was written to by another process meanwhile"):
+        index.add(["a third text with words of its own"], [3])
+    assert index.add(["a third text with words of its own"], [3]).n_kept == 1
+    assert len(DedupIndex(tmp_path / "kept.index")) == 3
+
+
+def test_numpys_numbers_are_settings(tmp_path):
+    index = DedupIndex(tmp_path / "kept.index", np.int64(3), verify=np.float64(0.8), ngram=np.int32(3))
+    index.add(["a text of its own"], [1])
+    assert len(DedupIndex(tmp_path / "kept.index", 3)) == 1
 
 
 @pytest.fixture

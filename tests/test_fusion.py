@@ -139,6 +139,24 @@ def test_bad_weights_are_named(models, tmp_path, weight):
         fuse({models[0]: 1, models[1]: weight}, tmp_path / "fused")
 
 
+def test_a_model_under_two_spellings_is_refused(models, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to("S1")
+    for spelling in ("./S1", Path("S1"), "S1/", "S2/../S1", str(models[0]), "link"):
+        with pytest.raises(UserError, match="is named twice among the models"):
+            fuse({"S2": 2, "S1": 1, spelling: 1}, "fused")
+    assert not Path("fused").exists()
+
+
+def test_any_real_number_is_a_weight_and_a_list_is_none(models, tmp_path):
+    card = fuse({models[0]: np.float32(0.5), models[1]: np.int64(1), models[2]: 0.5}, tmp_path / "fused")
+    assert [part["weight"] for part in card["parts"]] == [0.25, 0.5, 0.25]
+    assert json.loads((tmp_path / "fused" / "fusion.json").read_text()) == card
+    for bare in (models, str(models[0]), None):
+        with pytest.raises(UserError, match=r"models is a .*: give model folders with their weights"):
+            fuse(bare, tmp_path / "bare")
+
+
 def test_nothing_to_fuse_and_nowhere_to_put_it(models, tmp_path):
     with pytest.raises(UserError, match="no model to fuse"):
         fuse({}, tmp_path / "fused")

@@ -121,7 +121,16 @@ def test_settings_out_of_range(k, threads):
         near_pairs(np.zeros(2, dtype=np.uint64), k, threads=threads)
 
 
+@pytest.mark.parametrize("setting", ["k", "threads"])
+@pytest.mark.parametrize("value", [2.5, None, "3"])
+def test_settings_that_are_no_whole_numbers(setting, value):
+    with pytest.raises(TypeError, match=f"{setting} must be a whole number, not {value!r}"):
+        near_pairs(np.zeros(2, dtype=np.uint64), **{setting: value})
+
+
 def test_wrong_fingerprints():
+    with pytest.raises(ValueError, match="one dimension"):
+        near_pairs(np.uint64(5))
     with pytest.raises(TypeError, match="uint64, not int64"):
         near_pairs(np.zeros(2, dtype=np.int64))
     with pytest.raises(ValueError, match="one dimension"):

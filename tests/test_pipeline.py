@@ -163,12 +163,13 @@ def test_killed_in_every_stage_gives_the_same_bytes(undisturbed, tmp_path):
             if line.startswith(f"{name}: running"):
                 break
         seconds = json.loads((run_dir / name / "manifest.json").read_text())["seconds"]
-        time.sleep(delays.uniform(0.1, 0.9) * seconds)
+        time.sleep(delays.uniform(0.0, 0.6) * seconds)
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
         if not (tmp_path / name / "manifest.json").exists():
             broken.append(name)
-    assert len(broken) >= 8, f"only {broken} were killed midway"
+    # Half of the stages take milliseconds, so that a kill may come too late for them, but never for all.
+    assert len(broken) >= 4, f"only {broken} were killed midway"
     finish(tmp_path)
     assert data_files(tmp_path) == data_files(run_dir)
 

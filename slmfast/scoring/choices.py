@@ -4,14 +4,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from slmfast.errors import UserError
-from slmfast.scoring.encoding import Encoder, Prompt
+from slmfast.scoring.encoding import Encoder, Prompt, check_text, listed_prompts
 from slmfast.scoring.forward import continuation_logprobs
-from slmfast.scoring.loading import ModelLike, as_model, as_tokenizer, model_window
+from slmfast.scoring.loading import ModelLike, as_model, as_tokenizer, checked_window
 from slmfast.scoring.packing import Group
-from slmfast.scoring.perplexity import check_window
 
 
 def choose(
@@ -36,11 +34,10 @@ def choose(
     Raises:
         UserError: something in the arguments is amiss, or the model gives scores that are no numbers.
     """
-    choices = _checked(choices)
+    choices, listed = _checked(choices), listed_prompts(prompts)
     encoder = Encoder(as_tokenizer(tokenizer, model), template)
     model = as_model(model, device, dtype)
-    limit = check_window(window if window is not None else model_window(model))
-    listed = prompts.to_pylist() if isinstance(prompts, pa.Array | pa.ChunkedArray) else list(prompts)
+    limit = checked_window(model, window)
     prefixes = [prefix or [encoder.start_token()] for prefix in encoder.prompts(listed)]
     closed = [[*tokens, encoder.closing_token] for tokens in encoder.replies(choices)]
     room = limit - max(map(len, closed))
@@ -54,8 +51,9 @@ def choose(
 
 
 def _checked(choices: Sequence[str]) -> list[str]:
-    if isinstance(choices, str) or not all(isinstance(choice, str) and choice for choice in choices) or not choices:
+    given = [] if isinstance(choices, str) or not isinstance(choices, Iterable) else list(choices)
+    if not given or not all(isinstance(choice, str) and choice for choice in given):
         raise UserError(f"choices {choices!r}: give a list of strings, none of them empty")
-    if len(set(choices)) < len(choices):
-        raise UserError(f"choices {list(choices)!r}: each may stand there once")
-    return list(choices)
+    if len(set(given)) < len(given):
+        raise UserError(f"choices {given!r}: each may stand there once")
+    return [check_text(f"choice {i}", choice) for i, choice in enumerate(given)]

@@ -6,6 +6,7 @@ Prompt and reply are tokenised separately and joined, so that a reply's tokens d
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import pyarrow as pa
 from jinja2 import TemplateError
 
 from slmfast.errors import UserError
@@ -33,8 +34,9 @@ class Encoder:
         self.closing_token = self._closing_token()
 
     def prompts(self, prompts: Iterable[Prompt]) -> list[list[int]]:
-        """The token ids of each prompt. Raises UserError naming the prompt that can't be rendered."""
-        return self._tokenize([self._render(i, prompt) for i, prompt in enumerate(prompts)])
+        """The token ids of each prompt. Raises UserError where there is no list of them, or one can't be rendered."""
+        rendered = [self._render(i, prompt) for i, prompt in enumerate(listed_prompts(prompts))]
+        return self._tokenize([check_text(f"prompt {i}", text) for i, text in enumerate(rendered)])
 
     def replies(self, replies: Sequence[str]) -> list[list[int]]:
         """The token ids of each reply, without the closing token."""
@@ -77,6 +79,24 @@ class Encoder:
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
         # verbose=False: a text over the tokenizer's own idea of a window is our business, not a warning's.
         return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+
+
+def listed_prompts(prompts: Iterable[Prompt]) -> list[Prompt]:
+    """Prompts of any make as a list. Raises UserError where they are one str or nothing that can be gone through."""
+    if isinstance(prompts, pa.Array | pa.ChunkedArray):
+        return prompts.to_pylist()
+    if isinstance(prompts, str) or not isinstance(prompts, Iterable):
+        raise UserError(f"prompts is a {type(prompts).__name__}: give a list of prompts")
+    return list(prompts)
+
+
+def check_text(name: str, text: str) -> str:
+    """The text itself. Raises UserError where it holds a lone surrogate, of which no tokenizer can make tokens."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{name} holds a lone surrogate, which UTF-8 can't encode: drop or repair it") from error
+    return text
 
 
 def _are_messages(value: Any) -> bool:

@@ -1,6 +1,7 @@
 """The log-probability of every continuation of every group: the one computation under perplexity and choices."""
 
 from collections.abc import Sequence
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -27,8 +28,8 @@ def continuation_logprobs(
     """
     weight = head_weight(model)
     tokens = batch_tokens if batch_tokens is not None else BATCH_TOKENS.get(weight.device.type, BATCH_TOKENS["cpu"])
-    if tokens < 1:
-        raise UserError(f"batch_tokens is {tokens}: give a positive number of tokens")
+    if not isinstance(tokens, Integral) or tokens < 1:
+        raise UserError(f"batch_tokens is {tokens!r}: give a positive number of tokens")
     scores = [np.full(len(group.continuations), np.nan) for group in groups]
     rows = make_rows(groups, share=can_share(model), row_tokens=tokens)
     shown = Progress(progress, len(rows), "sequences") if progress else None
@@ -51,7 +52,11 @@ def can_share(model: nn.Module) -> bool:
     mask, and a sliding-window layer would have its window replaced by it.
     """
     config = model.config.get_text_config()
-    full = set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
+    layers = getattr(config, "layer_types", None)
+    if layers:
+        full = set(layers) == {"full_attention"}
+    else:  # Mistral and others name no layers: a window in the config is that of every layer
+        full = getattr(config, "sliding_window", None) is None or getattr(config, "use_sliding_window", True) is False
     return config._attn_implementation == "sdpa" and full
 
 

@@ -4,13 +4,17 @@ import functools
 import importlib.util
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from slmfast.errors import UserError
 from slmfast.kernels import reference
+from slmfast.scoring.loading import evaluating
 
-# What some architectures do between the head and the softmax: a score without it would be wrong.
-_LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+# What some architectures do between the head and the softmax: a score without it would be wrong. These are known by
+# name, for small logits may hide them; a short forward finds the others.
+_LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+_PROBE_TOKENS = 4
 
 
 def head_weight(model: nn.Module) -> Tensor:
@@ -18,12 +22,27 @@ def head_weight(model: nn.Module) -> Tensor:
     head = model.get_output_embeddings()
     name = type(model).__name__
     if head is None or getattr(head, "bias", None) is not None:
-        raise UserError(f"{name} has no LM head without a bias: score with a plain causal language model")
+        raise UserError(f"{name} has no LM head without a bias: take a plain causal language model")
     config = model.config.get_text_config()
     for transform in _LOGIT_TRANSFORMS:
         if getattr(config, transform, None) not in (None, 1, 1.0):
-            raise UserError(f"{name} transforms its logits ({transform}): score with a plain causal language model")
+            raise UserError(f"{name} transforms its logits ({transform}): take a plain causal language model")
+    if not _is_plain(model, head.weight):
+        raise UserError(f"{name} does more to its logits than its LM head's matrix: take a plain causal language model")
     return head.weight
+
+
+def _is_plain(model: nn.Module, weight: Tensor) -> bool:
+    """Whether the model's own logits of a few tokens are hidden @ weight.T, but for rounding."""
+    ids = torch.arange(_PROBE_TOKENS, device=weight.device)[None] % len(weight)
+    with evaluating(model):
+        logits = model(input_ids=ids, use_cache=False).logits
+        hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+        plain = nn.functional.linear(hidden, weight)
+    # Some rows of logits may be no numbers: that is for the score itself to find.
+    slack = 1e-4 if logits.dtype == torch.float32 else 2e-2
+    largest = float(plain.nan_to_num(0.0, 0.0, 0.0).abs().max())
+    return torch.allclose(logits.float(), plain.float(), rtol=slack, atol=slack * largest, equal_nan=True)
 
 
 def linear_logprob(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

@@ -2,10 +2,12 @@
 
 import re
 from contextlib import contextmanager
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
@@ -60,7 +62,7 @@ def load_model(
             model = AutoModelForCausalLM.from_pretrained(
                 checked, dtype=dtype, trust_remote_code=False, use_safetensors=True
             )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"no model loads from {name} ({_first_line(error)}): give a complete model folder") from error
     if device.type == "cpu":
         # Loaded tensors lie as the file has them, and BLAS may choose its path by alignment: copies lie alike, always.
@@ -73,7 +75,10 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     """The device asked for; CUDA where there is one if none is named."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(device)
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise UserError(f"device {device!r} is unknown: use cpu or cuda") from error
 
 
 def resolve_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:
@@ -88,10 +93,12 @@ def resolve_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torc
 
 def as_model(model: ModelLike, device: Any, dtype: Any) -> nn.Module:
     """A module as it is, a path loaded. Raises UserError where a module would have to be changed."""
+    if not isinstance(model, nn.Module | str | Path):
+        raise UserError(f"model is a {type(model).__name__}: give a model, its folder's path or a hub name")
     if not isinstance(model, nn.Module):
         return load_model(model, device=device, dtype=dtype)
     weight = next(model.parameters())
-    if device is not None and torch.device(device).type != weight.device.type:
+    if device is not None and resolve_device(device).type != weight.device.type:
         raise UserError(f"the module is on {weight.device}, not {device}: move it there, or pass its folder's path")
     if dtype is not None and resolve_dtype(dtype, weight.device) != weight.dtype:
         raise UserError(f"the module is {weight.dtype}, not {dtype}: convert it, or pass its folder's path")
@@ -107,17 +114,31 @@ def as_tokenizer(tokenizer: Any, model: ModelLike) -> Any:
     return load_tokenizer(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer
 
 
-def model_window(model: nn.Module) -> int:
-    """How many tokens the model was made for."""
-    return config_window(model.config)
+def checked_window(model: nn.Module, window: int | None) -> int:
+    """The window asked for, or that of the model where none is.
+
+    Raises UserError where not even one token of context and one target fit, and where the model knows no such places.
+    """
+    if window is None:
+        return config_window(model.config)
+    if not isinstance(window, Integral) or window < 2:
+        raise UserError(f"window is {window!r}: give at least 2 tokens")
+    known = _positions(model.config)
+    if known is not None and window > known:
+        raise UserError(f"window is {window}, but {type(model).__name__} knows {known} positions: give at most these")
+    return int(window)
 
 
 def config_window(config: Any) -> int:
     """How many tokens a model of this configuration was made for."""
-    window = getattr(config.get_text_config(), "max_position_embeddings", None)
+    window = _positions(config)
     if window is None:
         raise UserError(f"{type(config).__name__} states no max_position_embeddings: pass window=")
     return window
+
+
+def _positions(config: Any) -> int | None:
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 @contextmanager

@@ -2,15 +2,16 @@
 
 import itertools
 import math
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
 
 from slmfast.errors import UserError
-from slmfast.scoring.encoding import Encoder, Prompt
+from slmfast.scoring.encoding import Encoder, Prompt, check_text, listed_prompts
 from slmfast.scoring.forward import continuation_logprobs
-from slmfast.scoring.loading import ModelLike, as_model, as_tokenizer, model_window
+from slmfast.scoring.loading import ModelLike, as_model, as_tokenizer, checked_window
 from slmfast.scoring.packing import Group
 
 SCHEMA = pa.schema(
@@ -20,7 +21,7 @@ SCHEMA = pa.schema(
         pa.field("tokens", pa.int64()),  # the reply's and the closing one; null for an empty or null reply
         pa.field("bits", pa.float64()),  # -log2 of the probability of all of them
         pa.field("bits_per_token", pa.float64()),
-        pa.field("perplexity", pa.float64()),  # 2 ** bits_per_token
+        pa.field("perplexity", pa.float64()),  # 2 ** bits_per_token; infinite from 1024 bits on
     ]
 )
 
@@ -69,7 +70,7 @@ def perplexity(
     pairs = _paired(prompts, replies)
     encoder = Encoder(as_tokenizer(tokenizer, model), template)
     model = as_model(model, device, dtype)
-    limit = check_window(window if window is not None else model_window(model))
+    limit = checked_window(model, window)
     prefixes = _prefixes(encoder, [prompt for prompt, _ in pairs], unconditional)
     closed = _closed_replies(encoder, [several for _, several in pairs])
     planned = list(_groups(prefixes, closed, limit, slides=long == "slide"))
@@ -91,19 +92,15 @@ def perplexity(
     return pa.Table.from_pylist(rows, schema=SCHEMA)
 
 
-def check_window(window: int) -> int:
-    """The window itself. Raises UserError where not even one token of context and one target fit."""
-    if window < 2:
-        raise UserError(f"window is {window}: give at least 2 tokens")
-    return window
-
-
 def _paired(prompts: Iterable[Any], replies: Iterable[Any]) -> list[tuple[Prompt, list[str | None]]]:
     """Prompts beside their replies, as Python objects. Raises UserError naming what doesn't fit."""
-    prompts, replies = (
-        values.to_pylist() if isinstance(values, pa.Array | pa.ChunkedArray) else list(values)
-        for values in (prompts, replies)
-    )
+    prompts = listed_prompts(prompts)
+    if isinstance(replies, pa.Array | pa.ChunkedArray):
+        replies = replies.to_pylist()
+    elif isinstance(replies, str) or not isinstance(replies, Iterable):
+        raise UserError(f"replies is a {type(replies).__name__}: give a list of replies for every prompt")
+    else:
+        replies = list(replies)
     if len(prompts) != len(replies):
         raise UserError(f"{len(prompts)} prompts but {len(replies)} lists of replies: give one list for every prompt")
     for i, several in enumerate(replies):
@@ -112,6 +109,7 @@ def _paired(prompts: Iterable[Any], replies: Iterable[Any]) -> list[tuple[Prompt
         for j, reply in enumerate(several):
             if reply is not None and not isinstance(reply, str):
                 raise UserError(f"replies[{i}][{j}] is a {type(reply).__name__}: a reply is a str or None")
+            check_text(f"replies[{i}][{j}]", reply or "")
     return [(prompt, list(several)) for prompt, several in zip(prompts, replies, strict=True)]
 
 
@@ -166,4 +164,6 @@ def _figures(tokens: int, logprob: float | None) -> dict[str, float | int | None
     if logprob is None:
         return {"tokens": tokens or None, "bits": None, "bits_per_token": None, "perplexity": None}
     bits = -logprob / math.log(2)
-    return {"tokens": tokens, "bits": bits, "bits_per_token": bits / tokens, "perplexity": 2 ** (bits / tokens)}
+    rate = bits / tokens
+    perplexity = 2.0**rate if rate < sys.float_info.max_exp else math.inf  # from 1024 bits on no float64 holds it
+    return {"tokens": tokens, "bits": bits, "bits_per_token": rate, "perplexity": perplexity}

@@ -89,7 +89,7 @@ def _write(path: Path, tensors: dict[str, Tensor]) -> None:
 
 def latest(work: Path) -> Path | None:
     """The newest whole checkpoint below `work`; damaged ones are named on stderr, removed and passed over."""
-    for folder in sorted(_checkpoints(work), key=_number, reverse=True):
+    for folder in sorted(folders(work), key=_number, reverse=True):
         fault = _fault(folder)
         if fault is None:
             return folder
@@ -100,12 +100,12 @@ def latest(work: Path) -> Path | None:
 
 def prune(work: Path, keep: int) -> None:
     """Removes all checkpoints below `work` but the newest `keep`."""
-    folders = sorted(_checkpoints(work), key=_number, reverse=True)
-    for folder in folders[keep:]:
+    for folder in sorted(folders(work), key=_number, reverse=True)[keep:]:
         remove(folder)
 
 
-def _checkpoints(work: Path) -> list[Path]:
+def folders(work: Path) -> list[Path]:
+    """All checkpoints below `work`, whole or not, in no order."""
     return [path for path in work.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
 
 

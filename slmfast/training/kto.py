@@ -4,7 +4,9 @@ Ethayarajh et al., "KTO: Model Alignment as Prospect Theoretic Optimization", ar
 the form TRL trains: the reference point z0 comes from mismatched pairs inside small groups.
 """
 
+import math
 from collections.abc import Sequence
+from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +55,7 @@ def kto_loss(
         (losses [n], z0 [number of groups]).
 
     Raises:
-        ValueError: the shapes differ, a label is neither 0 nor 1, or group_size is below 2.
+        ValueError: the shapes differ, a label is neither 0 nor 1, or beta, a weight or group_size is out of range.
     """
     tensors = [torch.as_tensor(t) for t in (policy_logps, reference_logps, policy_kl_logps, reference_kl_logps)]
     policy, reference, policy_kl, reference_kl = tensors
@@ -62,8 +64,13 @@ def kto_loss(
         raise ValueError("kto_loss takes five vectors of one length: " + ", ".join(str(list(t.shape)) for t in tensors))
     if desirable.dtype != torch.bool and not ((desirable == 0) | (desirable == 1)).all():
         raise ValueError("a KTO label is neither 0 nor 1: give bool, or 1 for desirable and 0 for undesirable")
-    if group_size is not None and group_size < 2:
-        raise ValueError(f"group_size is {group_size}: give at least 2, or None for one group")
+    if group_size is not None and (not isinstance(group_size, Integral) or group_size < 2):
+        raise ValueError(f"group_size is {group_size!r}: give a whole number of at least 2, or None for one group")
+    if not isinstance(beta, Real) or not 0 < beta < math.inf:
+        raise ValueError(f"beta is {beta!r}: give a number above 0")
+    for name, weight in (("desirable_weight", desirable_weight), ("undesirable_weight", undesirable_weight)):
+        if not isinstance(weight, Real) or not 0 <= weight < math.inf:
+            raise ValueError(f"{name} is {weight!r}: give a number of at least 0")
     n = len(policy)
     groups = make_groups(n, group_size or max(n, 1))
     gaps = (policy_kl - reference_kl).detach()

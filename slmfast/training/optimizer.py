@@ -5,6 +5,7 @@ A step at a rate of 1e-8 is smaller than half the spacing of an fp32 weight of 0
 it to the next step (Kahan summation, as Zamirai et al., "Revisiting BFloat16 Training", arXiv 2010.06192, use it).
 """
 
+import functools
 import logging
 import math
 from collections.abc import Callable
@@ -70,9 +71,15 @@ class AdamW(torch.optim.Optimizer):
             parameter.addcdiv_(state["exp_avg"], denominator, value=size)
             return
         wanted = state["residual"].addcdiv_(state["exp_avg"], denominator, value=size)
-        moved = parameter + wanted
-        state["residual"] = wanted.sub_(moved - parameter)
-        parameter.copy_(moved)
+        state["residual"] = _add_compensated(parameter, wanted)
+
+
+def _add_compensated(parameter: Tensor, wanted: Tensor) -> Tensor:
+    """Adds to a parameter what fp32 can add of `wanted`, and returns the rest, in the memory of `wanted`."""
+    moved = parameter + wanted
+    rest = wanted.sub_(moved - parameter)
+    parameter.copy_(moved)
+    return rest
 
 
 def is_too_coarse(weights: Tensor, step: float) -> bool:
@@ -87,14 +94,48 @@ def is_too_coarse(weights: Tensor, step: float) -> bool:
 def make_optimizer(model: nn.Module, settings: TrainSettings, warmup_steps: int) -> torch.optim.Optimizer:
     """The optimizer of the settings over a model's fp32 parameters."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    smallest = settings.learning_rate / max(1, warmup_steps)
     if settings.optimizer == "adamw":
-        smallest = settings.learning_rate / max(1, warmup_steps)
         return AdamW(parameters, lr=settings.learning_rate, smallest_step=smallest)
+    return _adamw8bit_class()(parameters, settings.learning_rate, smallest)
+
+
+@functools.cache
+def _adamw8bit_class() -> type[torch.optim.Optimizer]:
     # On a machine without a GPU it reports, at import, kernels that 8-bit optimizers don't need.
     logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
     import bitsandbytes
 
-    return bitsandbytes.optim.AdamW8bit(parameters, lr=settings.learning_rate, betas=BETAS, eps=EPS, weight_decay=0.0)
+    class AdamW8bit(bitsandbytes.optim.AdamW8bit):
+        """bitsandbytes' optimizer, with the compensation of `AdamW`: states of 8 bits, small tensors' of 32.
+
+        It adds its step to whatever it is given as the weights. Without weight decay the step does not depend on
+        them, so a coarse tensor's step is taken on the residual, where nothing is lost.
+        """
+
+        def __init__(self, parameters: Any, lr: float, smallest_step: float):
+            super().__init__(parameters, lr=lr, betas=BETAS, eps=EPS, weight_decay=0.0)
+            self._smallest_step = smallest_step
+
+        @torch.no_grad()
+        def init_state(self, group: dict[str, Any], p: Tensor, gindex: int, pindex: int) -> None:
+            super().init_state(group, p, gindex, pindex)
+            if is_too_coarse(p, self._smallest_step):
+                self.state[p]["residual"] = torch.zeros_like(p)
+
+        @torch.no_grad()
+        def update_step(self, group: dict[str, Any], p: Tensor, gindex: int, pindex: int) -> None:
+            residual = self.state[p].get("residual")
+            if residual is None:
+                super().update_step(group, p, gindex, pindex)
+                return
+            weights = p.data
+            p.data = residual
+            super().update_step(group, p, gindex, pindex)
+            wanted, p.data = p.data, weights
+            self.state[p]["residual"] = _add_compensated(p, wanted)
+
+    return AdamW8bit
 
 
 def rate_factor(settings: TrainSettings, total: int) -> Callable[[int], float]:

@@ -4,11 +4,13 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
@@ -16,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from slmfast.errors import UserError
 from slmfast.fusion import SurvivalCounter
 from slmfast.model_folder import SINGLE, ModelWeights, check_model_folder, check_output, write_companions, write_tensors
+from slmfast.scoring.head import head_weight
 from slmfast.store import atomic_path, digest, model_digest, read_json, remove, remove_temporaries, write_json
 from slmfast.training import checkpoint
 from slmfast.training.data import StepOrder, TokenSet, dataset_digest, load_tokens, make_groups
@@ -59,12 +62,17 @@ def train(run: Run, method: str, make_objective: MakeObjective, inputs: dict[str
     settings = run.settings
     if settings.method != method:
         raise UserError(f"method is {settings.method!r} in the settings of train_{method}: set it to {method!r}")
+    _check_seed(run)
     check_model_folder(run.model)
     check_output(run.output, CARD, [run.model, run.dataset])
     with _threads(run.threads), _quiet_transformers():
         run.fingerprint = _fingerprint(run, inputs or {})
         if _is_done(run):
+            if _work_owner(run) == run.fingerprint:  # killed when all was done but this
+                _clear_work(run)
             return run.output
+        model = load_model(run.model)
+        _check_names(run.model, model)
         _prepare_work(run)
         # A model is never trained beyond the positions it knows, whatever max_length allows.
         settings = replace(settings, max_length=min(settings.max_length, _positions(run.model, settings)))
@@ -73,7 +81,7 @@ def train(run: Run, method: str, make_objective: MakeObjective, inputs: dict[str
         order = StepOrder(len(groups), settings.accumulation, settings.epochs, run.seed)
         print(describe(settings, tokens, order), file=sys.stderr)
         arguments = _arguments(run, order)
-        model = load_model(run.model).to(arguments.device)
+        model.to(arguments.device)
         objective = make_objective(model, tokens, groups, arguments.device)
         optimizer = make_optimizer(model, settings, settings.warmup_steps(len(order)))
         scheduler = LambdaLR(optimizer, rate_factor(settings, len(order)))
@@ -100,17 +108,21 @@ def describe(settings: TrainSettings, tokens: TokenSet, order: StepOrder) -> str
 
 
 def load_model(path: Path) -> nn.Module:
-    """Loads a causal language model in fp32, its tensors in memory of their own."""
+    """Loads a causal language model in fp32, its tensors in memory of their own.
+
+    Raises UserError where that fails, and where its logits are more than its LM head makes of the hidden states.
+    """
     check_model_folder(path)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype=torch.float32, local_files_only=True, use_safetensors=True, attn_implementation="sdpa"
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{path} can't be loaded as a causal language model ({_one_line(error)}): check it") from error
     for parameter in model.parameters():
         # Loaded tensors lie at other alignments than fresh ones, where a matrix product may take another path.
         parameter.data = parameter.data.clone()
+    head_weight(model)  # training computes logits as scoring does, and is wrong where scoring is
     return model
 
 
@@ -162,24 +174,52 @@ def _fingerprint(run: Run, inputs: dict[str, str]) -> str:
     return digest([model_digest(run.model), data, inputs, settings, run.seed, torch.get_num_threads(), versions])
 
 
+def _check_seed(run: Run) -> None:
+    if isinstance(run.seed, bool) or not isinstance(run.seed, Integral) or not 0 <= run.seed < 2**32:
+        raise UserError(f"seed is {run.seed!r}: set it to a whole number from 0 to {2**32 - 1}")
+    run.seed = int(run.seed)
+
+
+def _check_names(path: Path, model: nn.Module) -> None:
+    """Refuses, before any work, a model whose files name their tensors otherwise than the result would."""
+    with ModelWeights(path) as base:
+        odd = sorted(set(base.names) ^ {name for name, _ in model.named_parameters()})[:3]
+    if odd:
+        raise UserError(f"{path} names its tensors otherwise than transformers does ({odd}): save it anew")
+
+
 def _is_done(run: Run) -> bool:
     card = run.output / CARD
     return card.is_file() and read_json(card).get("fingerprint") == run.fingerprint
 
 
 def _prepare_work(run: Run) -> None:
-    """Clears the work folder of half-written files and of what another run left there."""
-    mark = run.work_folder / MARK
-    if not mark.is_file() or read_json(mark) != {"fingerprint": run.fingerprint}:
-        _clear_work(run)
+    """Clears the work folder of half-written files and of what another run left there, and marks it.
+
+    Raises UserError where checkpoints lie in it that bear no mark of ours.
+    """
+    mark, owner = run.work_folder / MARK, _work_owner(run)
+    if owner is None and (mark.exists() or checkpoint.folders(run.work_folder)):
+        raise UserError(f"{run.work_folder} holds somebody else's checkpoints: choose another work folder")
+    if owner is not None:
+        remove_temporaries(run.work_folder)
+    if owner != run.fingerprint:
+        if owner is not None:
+            _clear_work(run)
         write_json(mark, {"fingerprint": run.fingerprint})
-    remove_temporaries(run.work_folder)
+
+
+def _work_owner(run: Run) -> str | None:
+    """The fingerprint of the run whose checkpoints the work folder holds; None where it bears no mark of ours."""
+    mark = run.work_folder / MARK
+    content = read_json(mark) if mark.is_file() else None
+    return content.get("fingerprint") if isinstance(content, dict) else None
 
 
 def _clear_work(run: Run) -> None:
-    """Removes what a run keeps in its work folder, and the folder where nothing else is in it."""
+    """Removes what a run keeps in its marked work folder, and the folder where nothing else is in it."""
     checkpoint.prune(run.work_folder, keep=0)
-    for file in (run.work_folder / MARK, *run.work_folder.glob("reference-*.safetensors")):
+    for file in (*run.work_folder.glob("reference-*.safetensors"), run.work_folder / MARK):  # the mark goes last
         remove(file)
     for folder in (run.work_folder, run.work_folder.parent if run.work is None else run.work_folder):
         if folder.is_dir() and not any(folder.iterdir()):
@@ -188,7 +228,7 @@ def _clear_work(run: Run) -> None:
 
 def _positions(model: Path, settings: TrainSettings) -> int:
     """How many positions a model's config says it knows."""
-    return read_json(model / "config.json").get("max_position_embeddings", settings.max_length)
+    return read_json(model / "config.json").get("max_position_embeddings") or settings.max_length
 
 
 def _export(run: Run, model: nn.Module, tokens: TokenSet, order: StepOrder, history: list[dict[str, float]]) -> None:
@@ -204,11 +244,8 @@ def _export(run: Run, model: nn.Module, tokens: TokenSet, order: StepOrder, hist
         "steps_per_epoch": order.steps_per_epoch,
         "fingerprint": run.fingerprint,
     }
-    with ModelWeights(run.model) as base:
-        if base.names != list(parameters):
-            odd = sorted(set(base.names) ^ set(parameters))[:3]
-            raise UserError(f"{run.model} names its tensors otherwise than transformers does ({odd}): save it anew")
-        if run.settings.forward != "fp32":
+    if run.settings.forward != "fp32":
+        with ModelWeights(run.model) as base:
             card["forward_sees"] = _forward_sees(base, parameters, run.settings)
     with atomic_path(run.output) as folder:
         folder.mkdir()

@@ -42,7 +42,7 @@ class TrainSettings:
     """What the rate does after the warm-up: "cosine" or "linear" down to zero, or "constant"."""
 
     optimizer: str = "adamw"
-    """"adamw": fp32 states, weights too large for an fp32 step compensated. "adamw8bit": bitsandbytes' 8-bit states."""
+    """"adamw": fp32 states; "adamw8bit": bitsandbytes' 8-bit states. Both compensate weights too large for a step."""
 
     beta: float = 0.1
     """KTO's beta: how strongly the policy is held to the reference."""

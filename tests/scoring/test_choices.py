@@ -65,7 +65,18 @@ def test_no_prompts_give_no_rows(model, tokenizer):
     assert slmfast.choose(model, tokenizer, [], ["yes", "no"], progress=False).shape == (0, 2)
 
 
-@pytest.mark.parametrize("choices", [[], "yes", ["yes", ""], ["yes", "yes"], [1]])
+@pytest.mark.parametrize("prompts", ["hello", None, 5])
+def test_prompts_are_a_list(model, tokenizer, prompts):
+    with pytest.raises(UserError, match="prompts is a"):
+        slmfast.choose(model, tokenizer, prompts, ["yes", "no"], progress=False)
+
+
+def test_a_window_the_model_does_not_know_is_refused(model, tokenizer):
+    with pytest.raises(UserError, match="knows 256 positions"):
+        slmfast.choose(model, tokenizer, ["a"], ["yes"], window=300, progress=False)
+
+
+@pytest.mark.parametrize("choices", [[], "yes", ["yes", ""], ["yes", "yes"], [1], 5, None, ["a\ud800"]])
 def test_choices_are_checked(model, tokenizer, choices):
-    with pytest.raises(UserError, match="choices"):
+    with pytest.raises(UserError, match="choice"):
         slmfast.choose(model, tokenizer, ["a"], choices, progress=False)

@@ -198,3 +198,9 @@ def test_a_folder_without_weights_or_tokenizer_is_named(model_folder, tmp_path):
 def test_generation_options_are_checked(engine, option, value):
     with pytest.raises(UserError, match=option):
         engine.generate(["fox"], **({"max_new_tokens": 4} | {option: value}))
+
+
+def test_one_string_is_no_list_of_prompts(engine):
+    for ask in (engine.count_tokens, lambda prompts: engine.generate(prompts, max_new_tokens=1)):
+        with pytest.raises(UserError, match="prompts is a str: give a list of prompts"):
+            ask("hello")

@@ -2,6 +2,7 @@
 
 import math
 import random
+import shutil
 
 import numpy as np
 import pyarrow as pa
@@ -107,6 +108,26 @@ def test_a_sliding_window_layer_is_never_shared_away(build_model, tokenizer, pla
     rows = score(model, tokenizer).to_pylist()
     logprobs = plain_logprobs(model, render(tokenizer, PROMPTS[2]), close(tokenizer, REPLIES[2][2]))
     row = next(row for row in rows if (row["prompt_index"], row["reply_index"]) == (2, 2))
+    assert row["bits_per_token"] == pytest.approx(-logprobs.mean().item() / math.log(2), abs=1e-5)
+
+
+def test_a_sliding_window_without_layer_types_is_never_shared_away(tokenizer, plain_logprobs):
+    """Mistral's config names no layers: its one window is that of all of them."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(7)
+    shape = {"hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = MistralConfig(
+        vocab_size=773, num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.15, **shape
+    )
+    whole = MistralForCausalLM(config).eval()
+    config.sliding_window = 8
+    model = MistralForCausalLM(config).eval()
+    model.load_state_dict(whole.state_dict())
+    assert getattr(config, "layer_types", None) is None
+    rows = score(model, tokenizer).to_pylist()
+    row = next(row for row in rows if (row["prompt_index"], row["reply_index"]) == (2, 2))
+    logprobs = plain_logprobs(model, render(tokenizer, PROMPTS[2]), close(tokenizer, REPLIES[2][2]))
     assert row["bits_per_token"] == pytest.approx(-logprobs.mean().item() / math.log(2), abs=1e-5)
 
 
@@ -223,9 +244,20 @@ def test_nan_never_leaves(build_model, tokenizer):
         ({"template": "alpaca"}, "template 'alpaca'"),
         ({"long": "cut"}, "long='cut'"),
         ({"window": 1}, "window is 1"),
+        ({"window": "8"}, "window is '8'"),
+        ({"window": 257}, "window is 257, but Qwen2ForCausalLM knows 256 positions"),
         ({"batch_tokens": 0}, "batch_tokens is 0"),
+        ({"batch_tokens": "9"}, "batch_tokens is '9'"),
+        ({"prompts": "ab", "replies": [["x"], ["y"]]}, "prompts is a str"),
+        ({"prompts": None}, "prompts is a NoneType"),
+        ({"replies": "ab"}, "replies is a str"),
+        ({"replies": None}, "replies is a NoneType"),
+        ({"prompts": ["a", "b\ud800"], "replies": [["x"], ["y"]]}, "prompt 1 holds a lone surrogate"),
+        ({"replies": [["x", "y\udfff"]]}, r"replies\[0\]\[1\] holds a lone surrogate"),
         ({"dtype": "bfloat16"}, "the module is torch.float32"),
         ({"dtype": "int8"}, "dtype 'int8' is unknown"),
+        ({"device": "gpu"}, "device 'gpu' is unknown"),
+        ({"model": 5}, "model is a int"),
         ({"model": "no/such/folder"}, "no model at no/such/folder"),
         ({"tokenizer": "/no/such/folder"}, "no model at /no/such/folder"),
         ({"tokenizer": None}, "brings no tokenizer"),
@@ -243,6 +275,32 @@ def test_a_head_that_is_more_than_a_matrix_is_refused(build_model, tokenizer):
     model.config.final_logit_softcapping = 30.0
     with pytest.raises(UserError, match="final_logit_softcapping"):
         score(model, tokenizer)
+
+
+def test_a_transform_that_no_config_names_is_found(build_model, tokenizer):
+    for change in (lambda logits: logits * 0.9, lambda logits: logits + 0.5, lambda logits: 3 * (logits / 3).tanh()):
+        model = build_model("gqa")
+        model.lm_head.register_forward_hook(lambda module, inputs, logits, change=change: change(logits))
+        with pytest.raises(UserError, match="does more to its logits than its LM head's matrix"):
+            score(model, tokenizer)
+
+
+def test_a_token_of_over_1024_bits_is_infinitely_perplexing(build_model, tokenizer):
+    model = build_model("gqa")
+    model.lm_head.weight.data *= 3000
+    row = score(model, tokenizer, ["a"], [["b zz"]]).to_pylist()[0]
+    assert math.isfinite(row["bits"]) and row["bits_per_token"] > 1024
+    assert row["perplexity"] == math.inf
+
+
+def test_a_truncated_model_is_one_line(model_folder, tokenizer, tmp_path):
+    folder = tmp_path / "cut"
+    shutil.copytree(model_folder, folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"no model loads from .*cut") as caught:
+        score(folder, tokenizer)
+    assert "\n" not in str(caught.value)
 
 
 def test_real_tokenizer_closes_with_im_end(real_data, build_model):

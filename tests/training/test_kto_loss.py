@@ -100,6 +100,10 @@ def test_a_bool_label_is_a_0_or_1_label():
         ({"labels": torch.tensor([0, 1, 2, 1])}, "neither 0 nor 1"),
         ({"labels": torch.tensor([0, 1])}, "one length"),
         ({"group_size": 1}, "group_size is 1"),
+        ({"group_size": "2"}, "group_size is '2'"),
+        ({"beta": -1}, "beta is -1"),
+        ({"beta": "0.1"}, "beta is '0.1'"),
+        ({"undesirable_weight": float("nan")}, "undesirable_weight is nan"),
     ],
 )
 def test_misuse_is_named(change, message):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from slmfast.training import logprobs
-from slmfast.training.logprobs import completion_logprobs, make_batch, token_logprobs
+from slmfast.training.logprobs import completion_logprobs, forward_precision, make_batch, token_logprobs
 from slmfast.training.run import load_model
 
 PAIRS = [([1, 9, 8, 7], [40, 41, 42]), ([1], [5]), ([1, 3, 3], [300, 12, 8, 7, 6, 2])]
@@ -48,3 +48,15 @@ def test_neighbours_in_a_batch_change_nothing(model):
     together = completion_logprobs(model, make_batch(PAIRS))
     alone = torch.cat([completion_logprobs(model, make_batch([pair])) for pair in PAIRS])
     assert torch.allclose(together, alone, atol=1e-5)
+
+
+def test_a_bf16_forward_does_not_round_the_logits(model):
+    """With hidden states and weights on the bf16 grid an fp32 head loses nothing; a bf16 one loses eight bits."""
+    model.get_output_embeddings().weight.data.mul_(4).copy_(model.get_output_embeddings().weight.bfloat16().float())
+    batch = make_batch(PAIRS)
+    with torch.no_grad(), forward_precision("bf16", "cpu"):
+        found = token_logprobs(model, batch)
+        hidden = model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+    logits = hidden[batch.rows, batch.positions].double() @ model.get_output_embeddings().weight.double().T
+    expected = logits.log_softmax(1).gather(1, batch.targets[:, None])[:, 0]
+    assert (found.double() - expected).abs().max() < 1e-5

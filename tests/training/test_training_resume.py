@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from slmfast.errors import UserError
 from slmfast.training import checkpoint
 from slmfast.training.settings import TrainSettings
 from slmfast.training.sft import train_sft
@@ -23,7 +24,7 @@ REFERENCE = "slmfast.training.kto:KtoObjective._mismatched"
 CHECKPOINT_FILE = "slmfast.training.checkpoint:file_digest"  # called for each file of a checkpoint that is written
 SAVED = "slmfast.training.checkpoint:prune"
 EXPORT = "slmfast.training.run:write_companions"
-LAST = "slmfast.training.run:_clear_work"  # called at the start too: 2 is when the model is in place
+LAST = "slmfast.training.run:_clear_work"  # when the model is in place
 
 
 @pytest.mark.slow
@@ -41,7 +42,7 @@ def test_a_killed_run_ends_with_the_same_bytes(tiny_model, other_tiny_model, kto
         kto | {"kills": [[SAVED, 2]]},
         sft | {"kills": [[STEP, 4], [STEP, 3], [STEP, 2]]},  # again and again
         sft | {"kills": [[EXPORT, 1]]},
-        sft | {"kills": [[LAST, 2]]},
+        sft | {"kills": [[LAST, 1]]},
         sft | {"settings": fine, "kills": [[STEP, 6]]},
     ]
     plan = tmp_path / "cases.json"
@@ -82,11 +83,12 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_serves(tmp_path, ca
     assert "checkpoint-10 is damaged" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("rate", [1e-3, 1e-9])  # at 1e-9 the weights are compensated: a residual is saved as well
 @pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
-def test_a_checkpoint_gives_back_the_optimizer_bit_for_bit(tmp_path, name):
+def test_a_checkpoint_gives_back_the_optimizer_bit_for_bit(tmp_path, name, rate):
     from slmfast.training.optimizer import make_optimizer
 
-    settings = replace(SETTINGS, optimizer=name)
+    settings = replace(SETTINGS, optimizer=name, learning_rate=rate)
 
     def fresh():
         torch.manual_seed(0)
@@ -113,6 +115,8 @@ def test_a_checkpoint_gives_back_the_optimizer_bit_for_bit(tmp_path, name):
         step(*resumed, number)
     for ours, theirs in zip(resumed[0].parameters(), straight[0].parameters(), strict=True):
         assert torch.equal(ours, theirs)
+        state = resumed[1].state[ours]
+        assert ("residual" in state and bool(state["residual"].any())) is (rate == 1e-9)
 
 
 def test_checkpoints_of_another_run_are_not_resumed(tiny_model, sft_set, tmp_path, monkeypatch):
@@ -130,3 +134,26 @@ def test_checkpoints_of_another_run_are_not_resumed(tiny_model, sft_set, tmp_pat
 
 def stop(*args):
     raise InterruptedError
+
+
+def test_what_a_run_killed_at_its_very_end_left_goes_at_the_next_call(tiny_model, sft_set, tmp_path, monkeypatch):
+    settings = replace(SETTINGS, method="sft")
+    monkeypatch.setattr("slmfast.training.run._clear_work", stop)
+    with pytest.raises(InterruptedError):
+        train_sft(tiny_model, sft_set, tmp_path / "S1", settings, progress=False)
+    assert (tmp_path / ".work" / "S1" / "checkpoint-6").exists() and (tmp_path / "S1" / "training.json").exists()
+    monkeypatch.undo()
+    train_sft(tiny_model, sft_set, tmp_path / "S1", settings, progress=False)
+    assert not (tmp_path / ".work").exists()
+
+
+@pytest.mark.parametrize("mark", [None, "{}"])
+def test_somebody_elses_checkpoints_are_never_removed(tiny_model, sft_set, tmp_path, mark):
+    work = tmp_path / "work"
+    (work / "checkpoint-500").mkdir(parents=True)
+    (work / "checkpoint-500" / "pytorch_model.bin").write_text("days of work")
+    if mark is not None:
+        (work / "run.json").write_text(mark)
+    with pytest.raises(UserError, match="holds somebody else's checkpoints: choose another work folder"):
+        train_sft(tiny_model, sft_set, tmp_path / "S1", replace(SETTINGS, method="sft"), work=work, progress=False)
+    assert (work / "checkpoint-500" / "pytorch_model.bin").read_text() == "days of work"

@@ -8,13 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GraniteConfig, GraniteForCausalLM
 
 from slmfast.errors import UserError
 from slmfast.fusion import update_survival
 from slmfast.training.data import load_tokens, make_groups
 from slmfast.training.kto import train_kto
-from slmfast.training.run import load_model, load_tokenizer
+from slmfast.training.run import _positions, load_model, load_tokenizer
 from slmfast.training.settings import TrainSettings
 from slmfast.training.sft import SftObjective, train_sft
 
@@ -178,3 +178,77 @@ def test_missing_or_damaged_models_are_named(tiny_model, sft_set, kto_set, tmp_p
         train_sft(mute, sft_set, tmp_path / "S1", SFT)
     with pytest.raises(UserError, match="method is 'kto' in the settings of train_sft"):
         train_sft(tiny_model, sft_set, tmp_path / "S1", KTO)
+
+
+@pytest.fixture
+def no_work(monkeypatch):
+    """Fails a test in which a single micro-batch is computed."""
+
+    def computed(*args):
+        raise AssertionError("work was done before the mistake was found")
+
+    monkeypatch.setattr("slmfast.training.sft.token_logprobs", computed)
+    monkeypatch.setattr("slmfast.training.kto.completion_logprobs", computed)
+
+
+def changed(model, folder, tensors=None, **config):
+    """A copy of a model folder with more tensors and other keys in its config."""
+    shutil.copytree(model, folder)
+    if tensors:
+        path = folder / "model.safetensors"
+        save_file({**load_file(path), **tensors}, path, metadata={"format": "pt"})
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
+    return folder
+
+
+def test_a_model_that_transforms_its_logits_is_refused(tiny_model, sft_set, kto_set, tmp_path, no_work):
+    torch.manual_seed(0)
+    config = GraniteConfig(
+        vocab_size=320,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        logits_scaling=8.0,
+    )
+    scaled = shutil.copytree(tiny_model, tmp_path / "scaled")
+    GraniteForCausalLM(config).save_pretrained(scaled)
+    capped = changed(tiny_model, tmp_path / "capped", final_logit_softcapping=30.0)
+    for model, key in ((scaled, "logits_scaling"), (capped, "final_logit_softcapping")):
+        with pytest.raises(UserError, match=rf"transforms its logits \({key}\)"):
+            train_sft(model, sft_set, tmp_path / "S1", SFT, progress=False)
+        with pytest.raises(UserError, match=rf"transforms its logits \({key}\)"):
+            train_kto(tiny_model, kto_set, tmp_path / "S2", KTO, reference=model, progress=False)
+
+
+def test_a_tensor_that_transformers_does_not_know_is_named_before_any_work(tiny_model, sft_set, tmp_path, no_work):
+    odd = changed(tiny_model, tmp_path / "odd", {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)})
+    with pytest.raises(UserError, match=r"odd names its tensors otherwise .*inv_freq"):
+        train_sft(odd, sft_set, tmp_path / "S1", SFT, progress=False)
+
+
+def test_positions_may_be_null(tiny_model, sft_set, tmp_path):
+    settings = replace(SFT, max_length=300)
+    assert _positions(changed(tiny_model, tmp_path / "null", max_position_embeddings=None), settings) == 300
+    assert _positions(tiny_model, settings) == 512
+
+
+def test_a_truncated_model_is_one_line(tiny_model, sft_set, kto_set, tmp_path):
+    cut = shutil.copytree(tiny_model, tmp_path / "cut")
+    path = cut / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    for run in (
+        lambda: train_sft(cut, sft_set, tmp_path / "S1", SFT, progress=False),
+        lambda: train_kto(tiny_model, kto_set, tmp_path / "S2", KTO, reference=cut, progress=False),
+    ):
+        with pytest.raises(UserError, match="cut") as caught:
+            run()
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 1.5, "1", None, True])
+def test_a_bad_seed_is_named(tiny_model, sft_set, tmp_path, seed):
+    with pytest.raises(UserError, match=r"seed is .*: set it to a whole number from 0 to 4294967295"):
+        train_sft(tiny_model, sft_set, tmp_path / "S1", SFT, seed=seed, progress=False)
