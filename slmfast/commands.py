@@ -115,7 +115,8 @@ def _stage_input(stage: str, folder: Path) -> dict[str, Path]:
         missing |= {field.name for field in getattr(pipeline.stage_module(earlier), "COLUMNS", ())}
     missing -= columns
     if missing:
-        raise UserError(f"{folder} lacks the columns {', '.join(sorted(missing))}: give the folder of the stage before")
+        lacks = f"{folder} lacks the columns {', '.join(sorted(missing))}"
+        raise UserError(f"{lacks}: run slmfast {pipeline.stage_module(stage).INPUTS[0]} first and give its folder")
     if columns & {field.name for field in getattr(pipeline.stage_module(stage), "COLUMNS", ())}:
         raise UserError(f"{folder} has been through {stage} already: give the folder of the stage before")
     return inputs
@@ -132,6 +133,8 @@ def _run_alone(arguments: Namespace, recipe: Recipe, stage: str, inputs: dict[st
     if pipeline.is_up_to_date(job):
         print(f"{stage}: up to date")
     else:
+        for role in pipeline.stage_module(stage).MODELS:
+            print(f"{stage}: the {role} model is {job.model(role)} (models.{role})")
         pipeline.run_stage(job)
 
 

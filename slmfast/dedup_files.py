@@ -25,6 +25,8 @@ def dedup_file(path: Path, column: str, output: Path, **settings: Any) -> tuple[
         raise UserError(f"{path}: give a file that ends in {', '.join(READERS)}")
     if not path.exists():
         raise UserError(f"{path} does not exist: give an existing file")
+    if output.is_file() or (output.exists() and any(output.iterdir())):
+        raise UserError(f"{output} is a file or holds files: give a new folder with -o")
     try:
         table = pyarrow.dataset.dataset(path, format=READERS[path.suffix]).to_table()
     except (pa.ArrowInvalid, OSError) as error:

@@ -49,7 +49,7 @@ def task_folder(folder: str | None, data: str | None, target: Path) -> Path | No
     for file in _own_tasks(folder):
         text = file.read_text(encoding="utf-8")
         if "${DATA}" in text and data is None:
-            raise UserError(f"{file} needs ${{DATA}}: set the recipe key evaluate.data to the folder of its data")
+            raise UserError(f"{file} needs ${{DATA}}: set evaluate.data (or --data) to the folder of its data")
         (target / file.name).write_text(text.replace("${DATA}", str(data)), encoding="utf-8")
     return target
 
@@ -72,7 +72,8 @@ def evaluate_model(model: str, settings: Evaluate, folder: Path | None, cache: P
     manager = TaskManager(include_path=str(folder) if folder else None, include_defaults=defaults)
     missing = [task for task in settings.tasks if task not in manager.all_tasks]
     if missing:
-        raise UserError(f"recipe key evaluate.tasks: lm-eval knows no task {', '.join(missing)}")
+        unknown = f"recipe key evaluate.tasks: lm-eval knows no task {', '.join(missing)}"
+        raise UserError(f"{unknown}; task files of your own need evaluate.task_folder (or --task-folder)")
     try:
         loaded = manager.load(list(settings.tasks))
     except (OSError, datasets.exceptions.DatasetsError) as error:

@@ -44,7 +44,7 @@ def stage_module(name: str) -> ModuleType:
 
 def run(recipe: Recipe, run_dir: Path, last: str | None = None) -> dict[str, Any]:
     """Runs all stages that are not up to date, up to `last` if given, and returns what summary.json holds."""
-    recipe.require_complete()
+    recipe.require_complete(last)
     check_later_stages(recipe, run_dir)
     if run_dir.exists() and not (run_dir / LOCK).exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
         raise UserError(f"{run_dir} holds other files: give a new folder with --run-dir")
@@ -74,10 +74,11 @@ def run(recipe: Recipe, run_dir: Path, last: str | None = None) -> dict[str, Any
 
 
 def check_later_stages(recipe: Recipe, run_dir: Path) -> None:
-    """Raises UserError for what would stop a run after hours: models, rules and task files that are not there."""
+    """Raises UserError for what would stop a run later on: models, raw files, rules, tasks that are not there."""
     for role in ("base", "large", "small", "judge"):
         resolve_model(recipe, role, run_dir)
-    for name in ("categorize", "evaluate"):
+    raw_is_ours = recipe.world is not None  # and not written yet
+    for name in ("categorize", "evaluate") if raw_is_ours else ("collect", "categorize", "evaluate"):
         stage_module(name).files(make_job(name, recipe, run_dir))
 
 

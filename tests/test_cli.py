@@ -89,7 +89,10 @@ def test_dedup_of_a_files_column(kind, capsys, tmp_path):
     assert pq.read_table(tmp_path / "out" / "dropped.parquet").to_pylist() == [
         {"row": 1, "duplicate_of": 0, "distance": 0}
     ]
-    code, _, error = outcome(capsys, "dedup", path, "--column", "txt", "-o", tmp_path / "out")
+    code, _, error = outcome(capsys, "dedup", path, "--column", "text", "-o", tmp_path / "out")
+    assert code == 2
+    assert "give a new folder with -o" in error
+    code, _, error = outcome(capsys, "dedup", path, "--column", "txt", "-o", tmp_path / "new")
     assert code == 2
     assert "--column takes one of n, text" in error
 
@@ -147,6 +150,7 @@ def test_a_stage_wants_the_folder_of_the_stage_before(records, capsys, tmp_path)
     code, _, error = outcome(capsys, "diversify", records, "-o", tmp_path / "out")
     assert code == 2
     assert "lacks the columns category, label" in error
+    assert "run slmfast classify first" in error
     outcome(capsys, "categorize", records, "-o", tmp_path / "categorized")
     code, _, error = outcome(capsys, "categorize", tmp_path / "categorized", "-o", tmp_path / "out")
     assert code == 2
@@ -174,6 +178,17 @@ def test_a_run_does_not_touch_other_peoples_folders(capsys, tmp_path):
     assert code == 2
     assert "holds other files" in error
     assert (tmp_path / "raw" / "mine.txt").read_text() == "dear"
+
+
+def test_a_recipe_may_stop_before_it_evaluates(capsys, tmp_path):
+    (tmp_path / "raw.jsonl").write_text('{"instruction": "Name a colour, please.", "output": "Blue."}\n')
+    recipe = tmp_path / "r.yaml"
+    for form, expected in (("alpaca", 0), ("alpacca", 2)):
+        recipe.write_text(f"collect: {{sources: [{{name: a, format: {form}, path: '{tmp_path}/raw.jsonl'}}]}}\n")
+        code, _, error = outcome(capsys, "run", recipe, "--run-dir", tmp_path / form, "--until", "dedup")
+        assert code == expected, error
+    assert "did you mean alpaca?" in error
+    assert not (tmp_path / "alpacca").exists()
 
 
 def test_dedup_takes_settings_from_the_recipe(records, capsys, tmp_path):

@@ -68,11 +68,16 @@ def read_source(
     Raises UserError, at once, for an unknown format or a path that names no file, and while reading, for a file of
     which nothing at all can be read.
     """
+    check_format(name, format)
+    return _read_files(name, FORMATS[format], expand_paths(paths), max_text_bytes)
+
+
+def check_format(name: str, format: str) -> None:
+    """Raises UserError where there is no such format."""
     if format not in FORMATS:
         close = difflib.get_close_matches(format, FORMATS, n=1)
         hint = f"did you mean {close[0]}?" if close else f"use one of {', '.join(FORMATS)}"
         raise UserError(f"source {name}: unknown format {format!r}: {hint}")
-    return _read_files(name, FORMATS[format], expand_paths(paths), max_text_bytes)
 
 
 def _read_files(

@@ -12,7 +12,7 @@ from slmfast.errors import UserError
 from slmfast.job import Counts, Job
 from slmfast.language import detect
 from slmfast.progress import Progress
-from slmfast.readers import Record, Rejection, expand_paths, read_source
+from slmfast.readers import Record, Rejection, check_format, expand_paths, read_source
 from slmfast.recipe import Source, expand
 from slmfast.records import RECORD_SCHEMA, REJECTED_SCHEMA, prompt_text, record_id
 from slmfast.store import ShardWriter, file_digest
@@ -26,6 +26,7 @@ BATCH_CHARACTERS = 4 << 20
 
 def source_paths(job: Job, source: Source) -> list[Path]:
     """The files of a source, sorted, its globs and variables resolved."""
+    check_format(source.name, source.format)
     patterns = [source.path] if isinstance(source.path, str) else source.path
     key = f"collect.sources.{source.name}.path"
     return expand_paths([expand(pattern, {"RUN": job.run_dir}, key) for pattern in patterns])
