@@ -1,6 +1,6 @@
 """Builds the one native module, slmfast._native; everything else about the package stands in pyproject.toml.
 
-The packages are listed by hand. `find_packages()` would also take the top-level folder `kernels/`, and an
+The packages are listed by hand: automatic discovery would also take the top-level folder `kernels/`, and an
 importable `kernels` shadows the third-party package of that name that transformers imports.
 """
 
