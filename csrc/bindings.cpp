@@ -172,6 +172,11 @@ py::tuple bind_near_pairs(const Dense<std::uint64_t>& fingerprints, int k, int t
     return py::make_tuple(i, j, distance);
 }
 
+py::tuple bind_join_plan(std::size_t n, int k) {
+    const JoinPlan plan = join_plan(n, checked_k(k), active_isa());
+    return py::make_tuple(plan.blocks, plan.required, plan.core_seconds);
+}
+
 py::tuple bind_cluster(const Texts& texts, const Texts& replaced, const Dense<std::int64_t>& row_array,
                        const Dense<std::uint64_t>& fingerprints, const Dense<std::uint8_t>& states, int k,
                        bool components, std::optional<double> verify, int ngram, int threads, std::size_t pair_budget) {
@@ -239,6 +244,9 @@ PYBIND11_MODULE(_native, module) {
                py::arg("threads"), "(fingerprints uint64[n], states uint8[n])");
     module.def("near_pairs", &bind_near_pairs, py::arg("fingerprints").noconvert(), py::arg("k"), py::arg("threads"),
                "(i int64[m], j int64[m], distance uint8[m]), i < j, sorted");
+    module.def("join_plan", &bind_join_plan, py::arg("n"), py::arg("k"),
+               "(blocks, blocks held equal, core-seconds expected) of near_pairs on n uniform fingerprints; no blocks "
+               "where brute force is cheaper");
     module.def("cluster", &bind_cluster, py::arg("texts"), py::arg("replaced"),
                py::arg("rows").noconvert(),
                py::arg("fingerprints").noconvert(), py::arg("states").noconvert(), py::arg("k"), py::arg("components"),

@@ -3,141 +3,163 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <memory>
 #include <numeric>
+#include <optional>
 #include <utility>
 #include <vector>
 
+#include "near_scan.hpp"
 #include "parallel.hpp"
-#include "popcount_scan.hpp"
+#include "partition.hpp"
+#include "probe_join.hpp"
 
 namespace slmfast {
 namespace {
 
-constexpr std::size_t kLeaf = 128;    // groups up to this size go to brute force
-constexpr int kTopBits = 11;          // the first, parallel partition: buckets that then fit in a core's cache
-constexpr int kInnerBits = 8;         // later partitions, in place and in cache
-constexpr int kSlackBits = 2;         // hash bits spent beyond a block's width before it counts as used up
-constexpr int kMostHashBits = 56;     // of 64, so that a further kInnerBits are there to be had
-constexpr std::size_t kFew = 8;       // so few against many are compared faster than the many are partitioned
-constexpr int kMostBlocks = 24;       // more blocks never paid under the cost model
+constexpr std::size_t kBucket = 24'576;  // the first, parallel partition aims at buckets that stay in a core's cache
+constexpr int kTopBits = 12;             // ... and makes at most 2^12
+constexpr int kFanBits = 10;             // later partitions, in cache
+constexpr int kSpareBits = 2;            // so few bits of a block may be left uncut where another block follows
+constexpr std::size_t kScratch = 262'144; // fingerprints in a thread's scratch
+constexpr std::size_t kPlain = 8;        // leaves in a group that is not worth a new plan
+constexpr std::size_t kFew = 8;          // so few against many are compared faster than the many are partitioned
+constexpr int kMostBlocks = 24;          // more blocks never paid under the cost model
 
-// Fingerprints and where they stood in the caller's array. A group is permuted in place, never copied.
-struct Group {
-    std::uint64_t* fp = nullptr;
-    std::uint32_t* id = nullptr;
-    std::size_t size = 0;
-
-    Group part(std::size_t begin, std::size_t end) const { return {fp + begin, id + begin, end - begin}; }
-};
-
-// How the bits are cut: pairs agree on at least blocks.size() - k of these masks.
+// How the bits are cut: pairs agree on at least blocks.size() - k of these.
 struct Plan {
-    std::vector<std::uint64_t> blocks;
+    std::vector<Block> blocks;
     std::size_t required = 0;  // blocks that a group holds equal; 0: brute force is cheaper
 };
 
 // Cuts the set bits of `bits` into m masks of nearly equal width, from the lowest up.
-std::vector<std::uint64_t> cut(std::uint64_t bits, int m) {
-    std::vector<std::uint64_t> blocks(static_cast<std::size_t>(m), 0);
+std::vector<Block> cut(std::uint64_t bits, int m) {
+    std::vector<std::uint64_t> masks(static_cast<std::size_t>(m), 0);
     const int total = __builtin_popcountll(bits);
     for (int place = 0; bits != 0; bits &= bits - 1, ++place)
-        blocks[static_cast<std::size_t>(place * m / total)] |= bits & (0 - bits);
-    return blocks;
+        masks[static_cast<std::size_t>(place * m / total)] |= bits & (0 - bits);
+    return {masks.begin(), masks.end()};
 }
 
-// The size of a join: `pairs` that brute force would compare, `moved` fingerprints in one partition of all.
+// What the plan weighs, in nanoseconds of one core; measured, and only their ratios matter.
+struct Costs {
+    double compare;                // compare one pair
+    std::size_t leaf;              // groups up to this size go to brute force
+    std::size_t target;            // the size that a split aims at
+    double top = 4.0;              // partition one fingerprint of a group that memory or a shared cache holds
+    double move = 2.2;             // ... of one in a core's own cache
+    double visit = 0.6;            // take up one fingerprint in a leaf
+};
+
+Costs costs_on(Isa isa) {
+    switch (isa) {
+        case Isa::avx512: return {0.05, 128, 64};
+        case Isa::avx2: return {0.18, 64, 32};
+        default: return {2.0, 24, 12};
+    }
+}
+
+// Bits by which the first, parallel partition cuts n fingerprints.
+int top_bits(double n, int width) {
+    int bits = 1;
+    while (bits < std::min(kTopBits, width) && n > static_cast<double>(kBucket << bits)) ++bits;
+    return bits;
+}
+
+// The size of a join: each of `moved` fingerprints is compared with the members of its group, `others` at first.
 struct Work {
-    double pairs;
     double moved;
-    double largest;  // the larger of its sides
+    double others;
 };
 
 // Expected nanoseconds of a join of uniform values of `width` bits with m blocks.
-// Depth t has C(k + t, t) ways to choose its blocks; each leaves a share of 2^(-t width / m) of the pairs.
-double expected_cost(const Work& work, int width, int k, int m) {
-    constexpr double kMove = 4.0;     // partition one fingerprint
-    constexpr double kCompare = 0.4;  // compare one pair
+// There are C(k + t, t) ways to choose the first t equal blocks; each leaves a share of 2^(-t width / m) of the others.
+double expected_cost(const Work& work, const Costs& costs, int width, int k, int m) {
+    const int block = m == 0 ? 0 : width / m;
     double ways = 1.0;
-    double share = 1.0;
+    double group = work.others;
     double cost = 0.0;
-    for (int depth = 1; depth <= m - k && work.largest * share > static_cast<double>(kLeaf); ++depth) {
+    for (int depth = 1; depth <= m - k && group > static_cast<double>(costs.leaf); ++depth) {
         ways *= static_cast<double>(k + depth) / depth;
-        cost += ways * work.moved * kMove;
-        share = std::exp2(-static_cast<double>(depth * width) / m);
+        const bool cut_twice = depth == 1 && block - top_bits(work.others, block) > (m > k + 1 ? kSpareBits : 0);
+        const bool far = group > 2.0 * static_cast<double>(kBucket);  // not in a core's own cache
+        cost += ways * work.moved * ((far ? costs.top : costs.move) + (cut_twice ? costs.move : 0.0));
+        const double narrowed = work.others * std::exp2(-static_cast<double>(depth * width) / m);
+        group = std::max(narrowed, 0.75 * static_cast<double>(costs.target));
     }
-    return cost + ways * work.pairs * share * kCompare;
+    return cost + ways * work.moved * (costs.visit + group / 2 * costs.compare);
 }
 
-Plan choose_plan(std::size_t n_left, std::size_t n_right, bool cross, std::uint64_t varying, int k) {
+struct Choice {
+    int blocks = 0;  // 0: brute force is cheaper
+    double nanoseconds = 0.0;
+};
+
+Choice choose(const Work& work, const Costs& costs, int width, int k) {
+    Choice best{0, expected_cost(work, costs, width, k, k)};
+    for (int m = k + 1; m <= std::min(width, kMostBlocks); ++m) {
+        const double cost = expected_cost(work, costs, width, k, m);
+        if (cost < best.nanoseconds) best = {m, cost};
+    }
+    return best;
+}
+
+Work work_of(std::size_t n_left, std::size_t n_right, bool cross) {
     const auto a = static_cast<double>(n_left);
     const auto b = static_cast<double>(n_right);
-    const Work work = cross ? Work{a * b, a + b, std::max(a, b)} : Work{a * a / 2, a, a};
-    const int width = __builtin_popcountll(varying);
-    double best = expected_cost(work, width, k, k);  // no block: brute force
-    int blocks = 0;
-    for (int m = k + 1; m <= std::min(width, kMostBlocks); ++m) {
-        const double cost = expected_cost(work, width, k, m);
-        if (cost < best) {
-            best = cost;
-            blocks = m;
-        }
-    }
+    return cross ? Work{a + b, std::max(a, b)} : Work{a, a};
+}
+
+Plan make_plan(const Work& work, const Costs& costs, std::uint64_t varying, int k) {
+    const int blocks = choose(work, costs, __builtin_popcountll(varying), k).blocks;
     if (blocks == 0) return {};
     return {cut(varying, blocks), static_cast<std::size_t>(blocks - k)};
 }
 
-std::size_t hash_of(std::uint64_t value, int consumed, int bits) {
-    value ^= value >> 32;
-    return static_cast<std::size_t>(value * 0x9e3779b97f4a7c15u << consumed >> (64 - bits));
-}
+// Scratch for partitions of groups that fit in a core's cache: taken and given back like a stack.
+class Scratch {
+public:
+    Scratch() : fp_(kScratch), id_(kScratch) {}
 
-// Groups by `bits` hash bits of the masked value, in place; fills begins[0 .. 2^bits].
-void partition(const Group& group, std::uint64_t mask, int consumed, int bits, std::uint32_t* begins) {
-    const std::size_t buckets = std::size_t{1} << bits;
-    std::uint32_t next[std::size_t{1} << kInnerBits];
-    std::fill(begins, begins + buckets + 1, 0u);
-    for (std::size_t i = 0; i < group.size; ++i) ++begins[hash_of(group.fp[i] & mask, consumed, bits) + 1];
-    for (std::size_t bucket = 0; bucket < buckets; ++bucket) {
-        next[bucket] = begins[bucket];
-        begins[bucket + 1] += begins[bucket];
+    bool holds(std::size_t size) const { return size <= kScratch - used_; }
+
+    Group take(std::size_t size) {
+        used_ += size;
+        return {fp_.get() + used_ - size, id_.get() + used_ - size, size};
     }
-    for (std::size_t bucket = 0; bucket < buckets; ++bucket) {
-        while (next[bucket] < begins[bucket + 1]) {
-            const std::uint32_t here = next[bucket];
-            const std::size_t home = hash_of(group.fp[here] & mask, consumed, bits);
-            const std::uint32_t there = next[home]++;
-            if (home == bucket) continue;
-            std::swap(group.fp[here], group.fp[there]);
-            std::swap(group.id[here], group.id[there]);
-        }
-    }
-}
+
+    std::size_t mark() const { return used_; }
+    void release(std::size_t mark) { used_ = mark; }
+
+private:
+    Buffer<std::uint64_t> fp_;
+    Buffer<std::uint32_t> id_;
+    std::size_t used_ = 0;
+};
 
 // One thread's walk through the groups. With `cross`, pairs join left and right; else right is empty and left is
 // joined with itself.
 class Walk {
 public:
     Walk(unsigned thread, int k, bool cross, Isa isa, PairSink& sink, std::atomic<bool>& stopped)
-        : thread_(thread), k_(k), cross_(cross), scan_(scan_for(isa)), sink_(sink), stopped_(stopped) {}
+        : thread_(thread), k_(k), cross_(cross), costs_(costs_on(isa)), scan_(near_scan(isa)), sink_(sink), stopped_(stopped) {}
 
-    // Joins one top-level bucket: `consumed` hash bits of plan.blocks[block] are equal in it.
+    // Joins one top-level bucket: `consumed` key bits of plan.blocks[block] are equal in it.
     void bucket(const Group& left, const Group& right, const Plan& plan, std::size_t block, int consumed) {
-        differ_.assign(plan.blocks.begin(), plan.blocks.begin() + static_cast<std::ptrdiff_t>(block));
+        differ_.clear();
+        for (std::size_t skipped = 0; skipped < block; ++skipped) differ_.push_back(plan.blocks[skipped].mask());
         after_split(left, right, plan, {block, 0, block, 0}, consumed);
     }
 
     // Compares left[begin, end) with all later ones (or with all of right).
     void brute(const Group& left, const Group& right, std::uint64_t equal, std::size_t begin, std::size_t end) {
-        const Group& other = cross_ ? right : left;
-        for (std::size_t i = begin; i < end && !stopped_.load(std::memory_order_relaxed); ++i) {
-            for (std::size_t from = cross_ ? 0 : i + 1; from < other.size; from += kScanBlock) {
-                const std::size_t length = std::min(kScanBlock, other.size - from);
-                const std::size_t count = scan_(left.fp[i], other.fp + from, length, k_, hits_);
-                for (std::size_t hit = 0; hit < count; ++hit) {
-                    const std::size_t j = from + hits_[hit];
-                    if (belongs(left.fp[i] ^ other.fp[j], equal)) report(left.id[i], other.id[j]);
-                }
+        constexpr std::size_t kRows = 64;
+        for (std::size_t from = begin; from < end && !stopped_.load(std::memory_order_relaxed); from += kRows) {
+            const Group rows = left.part(from, std::min(end, from + kRows));
+            if (cross_) {
+                compare_between(rows, right, equal);
+            } else {
+                compare_within(rows, equal);
+                compare_between(rows, left.part(from + rows.size, left.size), equal);
             }
         }
     }
@@ -156,8 +178,8 @@ private:
     }
 
     bool small(const Group& left, const Group& right) const {
-        if (!cross_) return left.size <= kLeaf;
-        return left.size * right.size <= kLeaf * kLeaf || std::min(left.size, right.size) <= kFew;
+        if (!cross_) return left.size <= costs_.leaf;
+        return left.size * right.size <= costs_.leaf * costs_.leaf || std::min(left.size, right.size) <= kFew;
     }
 
     // Whether a pair is to be found here and nowhere else: equal on the chosen blocks, different on each skipped one.
@@ -165,6 +187,27 @@ private:
         return (difference & equal) == 0 && std::all_of(differ_.begin(), differ_.end(), [&](std::uint64_t block) {
                    return (difference & block) != 0;
                });
+    }
+
+    void compare_within(const Group& rows, std::uint64_t equal) {
+        if (!scan_.any_within(rows.fp, rows.size, k_)) return;
+        for (std::size_t i = 0; i < rows.size; ++i) report_hits(rows, i, rows.part(i + 1, rows.size), equal);
+    }
+
+    void compare_between(const Group& rows, const Group& others, std::uint64_t equal) {
+        if (others.size == 0 || !scan_.any_between(rows.fp, rows.size, others.fp, others.size, k_)) return;
+        for (std::size_t i = 0; i < rows.size; ++i) report_hits(rows, i, others, equal);
+    }
+
+    void report_hits(const Group& rows, std::size_t i, const Group& others, std::uint64_t equal) {
+        for (std::size_t from = 0; from < others.size; from += kScanBlock) {
+            const std::size_t length = std::min(kScanBlock, others.size - from);
+            const std::size_t count = scan_.which(rows.fp[i], others.fp + from, length, k_, hits_);
+            for (std::size_t hit = 0; hit < count; ++hit) {
+                const std::size_t j = from + hits_[hit];
+                if (belongs(rows.fp[i] ^ others.fp[j], equal)) report(rows.id[i], others.id[j]);
+            }
+        }
     }
 
     void report(std::uint32_t a, std::uint32_t b) {
@@ -175,40 +218,60 @@ private:
     void descend(const Group& left, const Group& right, const Plan& plan, const State& state) {
         if (nothing_to_join(left, right) || stopped_.load(std::memory_order_relaxed)) return;
         if (small(left, right)) return brute(left, right, state.equal, 0, left.size);
-        if (state.used == plan.required) return join_again(left, right, state.equal);
+        if (state.used == plan.required) {
+            const bool plain = std::max(left.size, right.size) <= kPlain * costs_.leaf;
+            return plain ? brute(left, right, state.equal, 0, left.size) : join_again(left, right, state.equal);
+        }
         const std::size_t depth = differ_.size();
         for (std::size_t block = state.next; state.skipped + block - state.next <= static_cast<std::size_t>(k_);
              ++block) {
             split(left, right, plan, {block, state.used, state.skipped + block - state.next, state.equal}, 0);
-            differ_.push_back(plan.blocks[block]);
+            differ_.push_back(plan.blocks[block].mask());
         }
         differ_.resize(depth);
     }
 
-    // Parts a group by the block state.next, of whose hash `consumed` bits are already equal.
+    // Parts a group by the block state.next, of whose key `consumed` bits are already equal.
     void split(const Group& left, const Group& right, const Plan& plan, const State& state, int consumed) {
         const std::size_t size = std::max(left.size, right.size);
+        const Block& block = plan.blocks[state.next];
+        const int most = std::min(kFanBits, block.width() - consumed);
         int bits = 1;
-        while (bits < kInnerBits && (size >> bits) > kLeaf / 4) ++bits;
-        const std::uint64_t mask = plan.blocks[state.next];
-        std::uint32_t left_begins[(std::size_t{1} << kInnerBits) + 1];
-        std::uint32_t right_begins[(std::size_t{1} << kInnerBits) + 1];
-        partition(left, mask, consumed, bits, left_begins);
-        if (cross_) partition(right, mask, consumed, bits, right_begins);
+        while (bits < most && (size >> bits) > costs_.target) ++bits;
+        const std::size_t mark = scratch_.mark();
+        std::uint32_t left_begins[(std::size_t{1} << kFanBits) + 1];
+        std::uint32_t right_begins[(std::size_t{1} << kFanBits) + 1];
+        const Group some = parted(left, block, consumed, bits, left_begins);
+        const Group others = cross_ ? parted(right, block, consumed, bits, right_begins) : Group{};
         for (std::size_t part = 0; part < std::size_t{1} << bits; ++part) {
-            const Group some = left.part(left_begins[part], left_begins[part + 1]);
-            const Group others = cross_ ? right.part(right_begins[part], right_begins[part + 1]) : Group{};
-            after_split(some, others, plan, state, consumed + bits);
+            after_split(some.part(left_begins[part], left_begins[part + 1]),
+                        cross_ ? others.part(right_begins[part], right_begins[part + 1]) : Group{}, plan, state,
+                        consumed + bits);
         }
+        scratch_.release(mark);
+    }
+
+    // The group cut into 2^bits parts: in scratch where it fits, else where it is.
+    Group parted(const Group& group, const Block& block, int consumed, int bits, std::uint32_t* begins) {
+        std::uint32_t next[std::size_t{1} << kFanBits];
+        count_parts(group, block, consumed, bits, begins);
+        std::copy(begins, begins + (std::size_t{1} << bits), next);
+        if (!scratch_.holds(group.size)) {
+            swap_parts(group, block, consumed, bits, begins, next);
+            return group;
+        }
+        const Group to = scratch_.take(group.size);
+        scatter_parts(group, block, consumed, bits, next, to);
+        return to;
     }
 
     void after_split(const Group& left, const Group& right, const Plan& plan, const State& state, int consumed) {
         if (nothing_to_join(left, right)) return;
-        const std::uint64_t mask = plan.blocks[state.next];
-        const int enough = std::min(__builtin_popcountll(mask) + kSlackBits, kMostHashBits);
-        if (!small(left, right) && consumed < enough)
-            return split(left, right, plan, state, consumed);
-        descend(left, right, plan, {state.next + 1, state.used + 1, state.skipped, state.equal | mask});
+        const Block& block = plan.blocks[state.next];
+        const bool last = state.used + 1 == plan.required;
+        const int enough = last ? block.width() : block.width() - kSpareBits;
+        if (!small(left, right) && consumed < enough) return split(left, right, plan, state, consumed);
+        descend(left, right, plan, {state.next + 1, state.used + 1, state.skipped, state.equal | block.mask()});
     }
 
     // A group that is still large although it agrees on all required blocks: cut the bits that still vary.
@@ -224,7 +287,7 @@ private:
         const std::uint64_t varying = (all ^ any) & ~equal;
         for (const std::uint64_t block : differ_)
             if ((block & varying) == 0) return;  // a skipped block that cannot differ: these pairs belong elsewhere
-        const Plan plan = choose_plan(left.size, right.size, cross_, varying, k_);
+        const Plan plan = make_plan(work_of(left.size, right.size, cross_), costs_, varying, k_);
         if (plan.required == 0) return brute(left, right, equal, 0, left.size);
         descend(left, right, plan, {0, 0, 0, equal});
     }
@@ -232,65 +295,13 @@ private:
     const unsigned thread_;
     const int k_;
     const bool cross_;
-    const Scan scan_;
+    const Costs costs_;
+    const NearScan scan_;
     PairSink& sink_;
     std::atomic<bool>& stopped_;
+    Scratch scratch_;
     std::vector<std::uint64_t> differ_;  // the skipped blocks: a pair that is equal on one belongs to another group
     std::uint32_t hits_[kScanBlock];
-};
-
-// A copy of the caller's fingerprints, grouped by the hash of one block after another.
-class Side {
-public:
-    Side(const std::uint64_t* source, std::size_t n)
-        : source_(source), n_(n), fp_(new std::uint64_t[n]), id_(new std::uint32_t[n]) {}
-
-    Group all() {
-        std::copy(source_, source_ + n_, fp_.get());
-        std::iota(id_.get(), id_.get() + n_, 0u);
-        return {fp_.get(), id_.get(), n_};
-    }
-
-    Group part(std::size_t bucket) const {
-        const std::size_t begin = begins_[bucket];
-        return {fp_.get() + begin, id_.get() + begin, begins_[bucket + 1] - begin};
-    }
-
-    // Each slice of the source counts, then scatters to places reserved for it: no two threads write one place.
-    void scatter(std::uint64_t mask, int bits, unsigned threads) {
-        const std::size_t buckets = std::size_t{1} << bits;
-        const std::size_t slices = threads;
-        const std::size_t step = (n_ + slices - 1) / slices;
-        std::vector<std::size_t> places(slices * buckets, 0);
-        const auto slice = [&](std::size_t s, auto&& visit) {
-            for (std::size_t i = std::min(n_, s * step); i < std::min(n_, (s + 1) * step); ++i)
-                visit(i, places[s * buckets + hash_of(source_[i] & mask, 0, bits)]);
-        };
-        parallel_for(slices, threads, 1, [&](std::size_t s, std::size_t, unsigned) {
-            slice(s, [](std::size_t, std::size_t& count) { ++count; });
-        });
-        begins_.assign(buckets + 1, 0);
-        std::size_t total = 0;
-        for (std::size_t bucket = 0; bucket < buckets; ++bucket) {
-            begins_[bucket] = total;
-            for (std::size_t s = 0; s < slices; ++s) total += std::exchange(places[s * buckets + bucket], total);
-        }
-        begins_[buckets] = total;
-        parallel_for(slices, threads, 1, [&](std::size_t s, std::size_t, unsigned) {
-            slice(s, [&](std::size_t i, std::size_t& place) {
-                fp_[place] = source_[i];
-                id_[place] = static_cast<std::uint32_t>(i);
-                ++place;
-            });
-        });
-    }
-
-private:
-    const std::uint64_t* source_;
-    std::size_t n_;
-    std::unique_ptr<std::uint64_t[]> fp_;
-    std::unique_ptr<std::uint32_t[]> id_;
-    std::vector<std::size_t> begins_;
 };
 
 std::uint64_t varying_bits(const std::uint64_t* a, std::size_t n_a, const std::uint64_t* b, std::size_t n_b) {
@@ -314,8 +325,8 @@ bool join(const std::uint64_t* left, std::size_t n_left, const std::uint64_t* ri
     for (unsigned thread = 0; thread < threads; ++thread) walks.emplace_back(thread, k, cross, isa, sink, stopped);
     Side a(left, n_left);
     Side b(right, n_right);
-    const std::size_t n = std::max(n_left, n_right);
-    const Plan plan = choose_plan(n_left, n_right, cross, varying_bits(left, n_left, right, n_right), k);
+    const Work work = work_of(n_left, n_right, cross);
+    const Plan plan = make_plan(work, costs_on(isa), varying_bits(left, n_left, right, n_right), k);
     if (plan.required == 0) {
         const Group some = a.all();
         const Group others = b.all();
@@ -324,12 +335,11 @@ bool join(const std::uint64_t* left, std::size_t n_left, const std::uint64_t* ri
         });
         return !stopped.load();
     }
-    int bits = 1;
-    while (bits < kTopBits && (n >> bits) > kLeaf) ++bits;
-    std::vector<std::size_t> order(std::size_t{1} << bits);
     for (std::size_t block = 0; block <= static_cast<std::size_t>(k) && !stopped.load(); ++block) {
+        const int bits = top_bits(work.others, plan.blocks[block].width());
         a.scatter(plan.blocks[block], bits, threads);
         if (cross) b.scatter(plan.blocks[block], bits, threads);
+        std::vector<std::size_t> order(std::size_t{1} << bits);
         std::iota(order.begin(), order.end(), std::size_t{0});
         std::sort(order.begin(), order.end(),  // the largest first, so that no thread is left with it at the end
                   [&](std::size_t x, std::size_t y) { return a.part(x).size > a.part(y).size; });
@@ -341,6 +351,58 @@ bool join(const std::uint64_t* left, std::size_t n_left, const std::uint64_t* ri
     return !stopped.load();
 }
 
+// The cross join of a few with many times as many. Nothing and false where the few crowd into some keys, so that
+// looking them up costs more than cutting both sides.
+std::optional<bool> probe_join(const std::uint64_t* few, std::size_t n_few, const std::uint64_t* many,
+                               std::size_t n_many, int k, unsigned threads, Isa isa, PairSink& sink) {
+    constexpr double kLookUp = 4.0;  // nanoseconds
+    constexpr std::size_t kGrain = 16'384;
+    const Costs costs = costs_on(isa);
+    const Work work = work_of(n_few, n_many, true);
+    const std::vector<Block> blocks = cut(~std::uint64_t{0}, k + 1);
+    std::vector<ProbeTable> tables;
+    double cost = 0.0;
+    for (const Block& block : blocks) {
+        tables.emplace_back(few, n_few, block);
+        cost += static_cast<double>(n_many) * (kLookUp + tables.back().meetings() * costs.compare);
+        if (cost > choose(work, costs, 64, k).nanoseconds) return std::nullopt;
+    }
+    std::atomic<bool> stopped{false};
+    std::vector<std::vector<std::uint64_t>> hits(threads);
+    for (std::size_t block = 0; block < blocks.size(); ++block) {
+        parallel_for(n_many, threads, kGrain, [&](std::size_t begin, std::size_t end, unsigned thread) {
+            if (stopped.load(std::memory_order_relaxed)) return;
+            hits[thread].clear();
+            tables[block].probe(many + begin, end - begin, k, isa, hits[thread]);
+            for (const std::uint64_t hit : hits[thread]) {
+                const std::size_t i = begin + (hit >> 32);
+                const auto j = static_cast<std::uint32_t>(hit);
+                const std::uint64_t difference = many[i] ^ few[j];
+                const bool earlier = std::any_of(blocks.begin(), blocks.begin() + static_cast<std::ptrdiff_t>(block),
+                                                 [&](const Block& other) { return (difference & other.mask()) == 0; });
+                if (earlier) continue;  // found in that block's table
+                if (!sink.take(thread, j, static_cast<std::uint32_t>(i))) stopped.store(true);
+            }
+        });
+    }
+    return !stopped.load();
+}
+
+// Hands on the pairs of a join of parts of two arrays, in whichever order they were joined.
+struct Moved : PairSink {
+    Moved(PairSink& s, bool swap, std::size_t a, std::size_t b) : sink(s), swapped(swap), from_a(a), from_b(b) {}
+
+    bool take(unsigned thread, std::uint32_t a, std::uint32_t b) override {
+        if (swapped) std::swap(a, b);
+        return sink.take(thread, a + static_cast<std::uint32_t>(from_a), b + static_cast<std::uint32_t>(from_b));
+    }
+
+    PairSink& sink;
+    bool swapped;
+    std::size_t from_a;
+    std::size_t from_b;
+};
+
 }  // namespace
 
 bool self_join(const std::uint64_t* fingerprints, std::size_t n, int k, unsigned threads, Isa isa, PairSink& sink) {
@@ -349,7 +411,29 @@ bool self_join(const std::uint64_t* fingerprints, std::size_t n, int k, unsigned
 
 bool cross_join(const std::uint64_t* left, std::size_t n_left, const std::uint64_t* right, std::size_t n_right, int k,
                 unsigned threads, Isa isa, PairSink& sink) {
-    return join(left, n_left, right, n_right, true, k, threads, isa, sink);
+    constexpr std::size_t kManyTimes = 4;
+    constexpr std::size_t kLeastSlice = std::size_t{1} << 22;
+    if (n_left == 0 || n_right == 0) return true;
+    const bool swapped = n_left > n_right;  // the sink knows the left side's positions first
+    const auto [few, n_few] = swapped ? std::pair{right, n_right} : std::pair{left, n_left};
+    const auto [many, n_many] = swapped ? std::pair{left, n_left} : std::pair{right, n_right};
+    if (n_many / kManyTimes >= n_few) {
+        Moved moved(sink, swapped, 0, 0);
+        const std::optional<bool> probed = probe_join(few, n_few, many, n_many, k, threads, isa, moved);
+        if (probed) return *probed;
+    }
+    // The larger side goes by slices, so that the copies stay small beside it.
+    const std::size_t slice = std::max(kLeastSlice, kManyTimes * n_few);
+    for (std::size_t from = 0; from < n_many; from += slice) {
+        Moved moved(sink, swapped, swapped ? from : 0, swapped ? 0 : from);
+        if (!join(few, n_few, many + from, std::min(slice, n_many - from), true, k, threads, isa, moved)) return false;
+    }
+    return true;
+}
+
+JoinPlan join_plan(std::size_t n, int k, Isa isa) {
+    const Choice best = choose(work_of(n, 0, false), costs_on(isa), 64, k);
+    return {best.blocks, best.blocks == 0 ? 0 : best.blocks - k, best.nanoseconds * 1e-9};
 }
 
 }  // namespace slmfast

@@ -3,8 +3,9 @@
 // The bits are cut into m blocks. Two fingerprints that differ in at most k bits agree on at least r = m - k whole
 // blocks, so the join looks only inside groups that agree on r blocks ("multiple sorting": Tabei, Uno, Sugiyama and
 // Tsuda, 2010). A pair may agree on more than r blocks; it is reported only in the group of its first r, so once.
-// A group is left early, for brute force, once it is small. A group that stays large although its r blocks are used up
-// (skewed data) is joined again on the bits in which its members still differ, with m chosen anew.
+// m follows from n and k by the expected cost. A group is left early, for brute force, once it is small. A group that
+// stays large although its r blocks are used up (skewed data, equal fingerprints) is joined again on the bits in which
+// its members still differ, with m chosen anew; where none is left, all its pairs are within reach, or belong elsewhere.
 #pragma once
 
 #include <cstddef>
@@ -24,16 +25,24 @@ struct PairSink {
     virtual bool take(unsigned thread, std::uint32_t a, std::uint32_t b) = 0;
 };
 
-// Every pair a < b of one array. False if the sink stopped it. n < 2^32. Extra memory: 12 bytes a fingerprint.
+// Every pair a < b of one array. False if the sink stopped it. n < 2^32. Extra memory: 12 bytes a fingerprint, and 3 MiB
+// a thread.
 bool self_join(const std::uint64_t* fingerprints, std::size_t n, int k, unsigned threads, Isa isa, PairSink& sink);
 
-// Every pair of a position in `left` and a position in `right`.
+// Every pair of a position in `left` and a position in `right`. A side that is much larger than the other is only read.
 bool cross_join(const std::uint64_t* left, std::size_t n_left, const std::uint64_t* right, std::size_t n_right, int k,
                 unsigned threads, Isa isa, PairSink& sink);
 
-// Every pair of rows i < j within distance k as (i << 32 | j), sorted. Equal fingerprints are joined once and expanded,
-// so the result, which may be quadratic, is all that a skewed input costs.
+// Every pair of rows i < j within distance k as (i << 32 | j), sorted.
 std::vector<std::uint64_t> near_pairs(const std::uint64_t* fingerprints, std::size_t n, int k, unsigned threads,
                                       Isa isa);
+
+// What the cost formula expects of a self-join of n uniform fingerprints.
+struct JoinPlan {
+    int blocks;    // m; 0 where brute force is cheaper
+    int required;  // r
+    double core_seconds;
+};
+JoinPlan join_plan(std::size_t n, int k, Isa isa);
 
 }  // namespace slmfast

@@ -1,0 +1,207 @@
+// The innermost loops of the join: whether any two of some fingerprints lie within distance k, and which.
+//
+// Hits are rare, so the fast question is "is there any": popcounts are folded into a running minimum, and only a group
+// with a hit is asked which they are.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+
+#include "isa.hpp"
+
+#if defined(__x86_64__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12's own header, on registers it means to leave undefined
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+#endif
+
+namespace slmfast {
+
+constexpr std::size_t kScanBlock = 1024;  // most fingerprints in one call of `which`, so that hits fit a fixed buffer
+
+// Whether two of n fingerprints, or one of n_a and one of n_b, lie within distance k.
+using AnyWithin = bool (*)(const std::uint64_t* fp, std::size_t n, int k);
+using AnyBetween = bool (*)(const std::uint64_t* a, std::size_t n_a, const std::uint64_t* b, std::size_t n_b, int k);
+// Writes the positions in `to` that lie within k of `from`, ascending, and returns how many. hits holds kScanBlock.
+using Which = std::size_t (*)(std::uint64_t from, const std::uint64_t* to, std::size_t n, int k, std::uint32_t* hits);
+
+struct NearScan {
+    AnyWithin any_within;
+    AnyBetween any_between;
+    Which which;
+};
+
+inline std::size_t which_scalar(std::uint64_t from, const std::uint64_t* to, std::size_t n, int k,
+                                std::uint32_t* hits) {
+    std::size_t count = 0;
+    for (std::size_t i = 0; i < n; ++i) {
+        hits[count] = static_cast<std::uint32_t>(i);
+        count += __builtin_popcountll(from ^ to[i]) <= k;
+    }
+    return count;
+}
+
+inline bool any_between_scalar(const std::uint64_t* a, std::size_t n_a, const std::uint64_t* b, std::size_t n_b,
+                               int k) {
+    for (std::size_t i = 0; i < n_a; ++i)
+        for (std::size_t j = 0; j < n_b; ++j)
+            if (__builtin_popcountll(a[i] ^ b[j]) <= k) return true;
+    return false;
+}
+
+inline bool any_within_scalar(const std::uint64_t* fp, std::size_t n, int k) {
+    for (std::size_t i = 0; i < n; ++i)
+        if (any_between_scalar(fp + i, 1, fp + i + 1, n - i - 1, k)) return true;
+    return false;
+}
+
+#if defined(__x86_64__)
+
+// Popcount by nibbles from a table, summed over each 64-bit lane (Mula, Kurz and Lemire, 2018).
+__attribute__((target("avx2,popcnt"))) inline __m256i distance_avx2(__m256i a, __m256i b) {
+    const __m256i table = _mm256_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4,  //
+                                           0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4);
+    const __m256i nibble = _mm256_set1_epi8(15);
+    const __m256i x = _mm256_xor_si256(a, b);
+    const __m256i low = _mm256_shuffle_epi8(table, _mm256_and_si256(x, nibble));
+    const __m256i high = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(x, 4), nibble));
+    return _mm256_sad_epu8(_mm256_add_epi8(low, high), _mm256_setzero_si256());
+}
+
+__attribute__((target("avx2,popcnt"))) inline __m256i broadcast_avx2(std::uint64_t value) {
+    return _mm256_set1_epi64x(static_cast<long long>(value));
+}
+
+__attribute__((target("avx2,popcnt"))) inline __m256i load_avx2(const std::uint64_t* from) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+}
+
+__attribute__((target("avx2,popcnt"))) inline std::size_t which_avx2(std::uint64_t from, const std::uint64_t* to,
+                                                                     std::size_t n, int k, std::uint32_t* hits) {
+    const __m256i here = broadcast_avx2(from);
+    const __m256i limit = _mm256_set1_epi64x(k);
+    std::size_t count = 0;
+    std::size_t i = 0;
+    for (; i + 4 <= n; i += 4) {
+        const __m256i far = _mm256_cmpgt_epi64(distance_avx2(here, load_avx2(to + i)), limit);
+        auto near = static_cast<unsigned>(_mm256_movemask_pd(_mm256_castsi256_pd(far))) ^ 15u;
+        for (; near != 0; near &= near - 1)
+            hits[count++] = static_cast<std::uint32_t>(i) + static_cast<std::uint32_t>(__builtin_ctz(near));
+    }
+    for (; i < n; ++i) {
+        hits[count] = static_cast<std::uint32_t>(i);
+        count += __builtin_popcountll(from ^ to[i]) <= k;
+    }
+    return count;
+}
+
+__attribute__((target("avx2,popcnt"))) inline bool any_between_avx2(const std::uint64_t* a, std::size_t n_a,
+                                                                    const std::uint64_t* b, std::size_t n_b, int k) {
+    const __m256i beyond = _mm256_set1_epi64x(k + 1);
+    const std::size_t whole = n_b / 4 * 4;
+    for (std::size_t i = 0; i < n_a; i += 4) {
+        const std::size_t last = n_a - 1;
+        const __m256i row0 = broadcast_avx2(a[i]);
+        const __m256i row1 = broadcast_avx2(a[std::min(i + 1, last)]);
+        const __m256i row2 = broadcast_avx2(a[std::min(i + 2, last)]);
+        const __m256i row3 = broadcast_avx2(a[std::min(i + 3, last)]);
+        __m256i least = beyond;
+        for (std::size_t j = 0; j < whole; j += 4) {
+            const __m256i there = load_avx2(b + j);
+            const __m256i one = _mm256_min_epu16(distance_avx2(row0, there), distance_avx2(row1, there));
+            const __m256i two = _mm256_min_epu16(distance_avx2(row2, there), distance_avx2(row3, there));
+            least = _mm256_min_epu16(least, _mm256_min_epu16(one, two));
+        }
+        if (_mm256_movemask_pd(_mm256_castsi256_pd(_mm256_cmpgt_epi64(beyond, least))) != 0) return true;
+    }
+    return whole < n_b && any_between_scalar(a, n_a, b + whole, n_b - whole, k);
+}
+
+__attribute__((target("avx2,popcnt"))) inline bool any_within_avx2(const std::uint64_t* fp, std::size_t n, int k) {
+    for (std::size_t i = 0; i < n; i += 4) {
+        const std::size_t end = std::min(n, i + 4);
+        if (any_within_scalar(fp + i, end - i, k)) return true;
+        if (end < n && any_between_avx2(fp + i, end - i, fp + end, n - end, k)) return true;
+    }
+    return false;
+}
+
+#define SLMFAST_AVX512 __attribute__((target("avx512f,avx512vpopcntdq,popcnt")))
+
+SLMFAST_AVX512 inline __m512i distance_avx512(std::uint64_t row, __m512i there) {
+    return _mm512_popcnt_epi64(_mm512_xor_si512(_mm512_set1_epi64(static_cast<long long>(row)), there));
+}
+
+SLMFAST_AVX512 inline std::size_t which_avx512(std::uint64_t from, const std::uint64_t* to, std::size_t n, int k,
+                                               std::uint32_t* hits) {
+    const __m512i limit = _mm512_set1_epi64(k);
+    std::size_t count = 0;
+    for (std::size_t i = 0; i < n; i += 8) {
+        const std::size_t left = n - i;
+        const auto lanes = static_cast<__mmask8>(left >= 8 ? 0xFF : (1u << left) - 1);
+        const __m512i there = _mm512_maskz_loadu_epi64(lanes, to + i);
+        unsigned near = _mm512_mask_cmple_epu64_mask(lanes, distance_avx512(from, there), limit);
+        for (; near != 0; near &= near - 1)
+            hits[count++] = static_cast<std::uint32_t>(i) + static_cast<std::uint32_t>(__builtin_ctz(near));
+    }
+    return count;
+}
+
+// The least distance between eight rows and any of b, lane by lane. The rows stay in registers.
+SLMFAST_AVX512 inline __m512i least_avx512(const std::uint64_t* rows, const std::uint64_t* b, std::size_t n_b) {
+    __m512i least0 = _mm512_set1_epi64(64);
+    __m512i least1 = least0;
+    for (std::size_t j = 0; j < n_b; j += 8) {
+        const std::size_t left = n_b - j;
+        const auto lanes = static_cast<__mmask8>(left >= 8 ? 0xFF : (1u << left) - 1);
+        // Lanes past the end repeat b[j]: no pair is made up.
+        const __m512i there = _mm512_mask_loadu_epi64(_mm512_set1_epi64(static_cast<long long>(b[j])), lanes, b + j);
+        for (int r = 0; r < 8; r += 2) {
+            least0 = _mm512_min_epu64(least0, distance_avx512(rows[r], there));
+            least1 = _mm512_min_epu64(least1, distance_avx512(rows[r + 1], there));
+        }
+    }
+    return _mm512_min_epu64(least0, least1);
+}
+
+SLMFAST_AVX512 inline bool any_between_avx512(const std::uint64_t* a, std::size_t n_a, const std::uint64_t* b,
+                                              std::size_t n_b, int k) {
+    const __m512i limit = _mm512_set1_epi64(k);
+    for (std::size_t i = 0; i < n_a; i += 8) {
+        std::uint64_t rows[8];
+        for (std::size_t r = 0; r < 8; ++r) rows[r] = a[std::min(i + r, n_a - 1)];
+        if (_mm512_cmple_epu64_mask(least_avx512(rows, b, n_b), limit) != 0) return true;
+    }
+    return false;
+}
+
+SLMFAST_AVX512 inline bool any_within_avx512(const std::uint64_t* fp, std::size_t n, int k) {
+    const __m512i limit = _mm512_set1_epi64(k);
+    for (std::size_t i = 0; i < n; i += 8) {
+        const std::size_t rows = std::min<std::size_t>(8, n - i);
+        const auto valid = static_cast<__mmask8>((1u << rows) - 1);
+        const __m512i here = _mm512_maskz_loadu_epi64(valid, fp + i);
+        __m512i least = rows == 8 ? least_avx512(fp + i, fp + i + 8, n - i - 8) : _mm512_set1_epi64(64);
+        for (unsigned r = 0; r + 1 < rows; ++r) {  // each of the eight with those after it
+            const auto later = static_cast<__mmask8>((0xFEu << r) & valid);
+            least = _mm512_mask_min_epu64(least, later, least, distance_avx512(fp[i + r], here));
+        }
+        if (_mm512_cmple_epu64_mask(least, limit) != 0) return true;
+    }
+    return false;
+}
+
+#endif
+
+inline NearScan near_scan(Isa isa) {
+#if defined(__x86_64__)
+    if (isa == Isa::avx512) return {any_within_avx512, any_between_avx512, which_avx512};
+    if (isa == Isa::avx2) return {any_within_avx2, any_between_avx2, which_avx2};
+#endif
+    (void)isa;
+    return {any_within_scalar, any_between_scalar, which_scalar};
+}
+
+}  // namespace slmfast
