@@ -136,7 +136,7 @@ class Verifier {
 public:
     Verifier(const Input& in, const Nodes& nodes) : in_(in), nodes_(nodes) {
         for (unsigned thread = 0; thread < in.options.threads; ++thread)
-            jaccards_.emplace_back(in.texts, in.options.ngram);
+            jaccards_.emplace_back(in.texts, in.options.ngram, in.options.isa);
     }
 
     bool operator()(unsigned thread, Node a, Node b) {

@@ -2,12 +2,12 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cmath>
 #include <numeric>
 #include <optional>
 #include <utility>
 #include <vector>
 
+#include "join_plan.hpp"
 #include "near_scan.hpp"
 #include "parallel.hpp"
 #include "partition.hpp"
@@ -16,104 +16,10 @@
 namespace slmfast {
 namespace {
 
-constexpr std::size_t kBucket = 24'576;  // the first, parallel partition aims at buckets that stay in a core's cache
-constexpr int kTopBits = 12;             // ... and makes at most 2^12
 constexpr int kFanBits = 10;             // later partitions, in cache
-constexpr int kSpareBits = 2;            // so few bits of a block may be left uncut where another block follows
 constexpr std::size_t kScratch = 262'144; // fingerprints in a thread's scratch
 constexpr std::size_t kPlain = 8;        // leaves in a group that is not worth a new plan
 constexpr std::size_t kFew = 8;          // so few against many are compared faster than the many are partitioned
-constexpr int kMostBlocks = 24;          // more blocks never paid under the cost model
-
-// How the bits are cut: pairs agree on at least blocks.size() - k of these.
-struct Plan {
-    std::vector<Block> blocks;
-    std::size_t required = 0;  // blocks that a group holds equal; 0: brute force is cheaper
-};
-
-// Cuts the set bits of `bits` into m masks of nearly equal width, from the lowest up.
-std::vector<Block> cut(std::uint64_t bits, int m) {
-    std::vector<std::uint64_t> masks(static_cast<std::size_t>(m), 0);
-    const int total = __builtin_popcountll(bits);
-    for (int place = 0; bits != 0; bits &= bits - 1, ++place)
-        masks[static_cast<std::size_t>(place * m / total)] |= bits & (0 - bits);
-    return {masks.begin(), masks.end()};
-}
-
-// What the plan weighs, in nanoseconds of one core; measured, and only their ratios matter.
-struct Costs {
-    double compare;                // compare one pair
-    std::size_t leaf;              // groups up to this size go to brute force
-    std::size_t target;            // the size that a split aims at
-    double top = 4.0;              // partition one fingerprint of a group that memory or a shared cache holds
-    double move = 2.2;             // ... of one in a core's own cache
-    double visit = 0.6;            // take up one fingerprint in a leaf
-};
-
-Costs costs_on(Isa isa) {
-    switch (isa) {
-        case Isa::avx512: return {0.05, 128, 64};
-        case Isa::avx2: return {0.18, 64, 32};
-        default: return {2.0, 24, 12};
-    }
-}
-
-// Bits by which the first, parallel partition cuts n fingerprints.
-int top_bits(double n, int width) {
-    int bits = 1;
-    while (bits < std::min(kTopBits, width) && n > static_cast<double>(kBucket << bits)) ++bits;
-    return bits;
-}
-
-// The size of a join: each of `moved` fingerprints is compared with the members of its group, `others` at first.
-struct Work {
-    double moved;
-    double others;
-};
-
-// Expected nanoseconds of a join of uniform values of `width` bits with m blocks.
-// There are C(k + t, t) ways to choose the first t equal blocks; each leaves a share of 2^(-t width / m) of the others.
-double expected_cost(const Work& work, const Costs& costs, int width, int k, int m) {
-    const int block = m == 0 ? 0 : width / m;
-    double ways = 1.0;
-    double group = work.others;
-    double cost = 0.0;
-    for (int depth = 1; depth <= m - k && group > static_cast<double>(costs.leaf); ++depth) {
-        ways *= static_cast<double>(k + depth) / depth;
-        const bool cut_twice = depth == 1 && block - top_bits(work.others, block) > (m > k + 1 ? kSpareBits : 0);
-        const bool far = group > 2.0 * static_cast<double>(kBucket);  // not in a core's own cache
-        cost += ways * work.moved * ((far ? costs.top : costs.move) + (cut_twice ? costs.move : 0.0));
-        const double narrowed = work.others * std::exp2(-static_cast<double>(depth * width) / m);
-        group = std::max(narrowed, 0.75 * static_cast<double>(costs.target));
-    }
-    return cost + ways * work.moved * (costs.visit + group / 2 * costs.compare);
-}
-
-struct Choice {
-    int blocks = 0;  // 0: brute force is cheaper
-    double nanoseconds = 0.0;
-};
-
-Choice choose(const Work& work, const Costs& costs, int width, int k) {
-    Choice best{0, expected_cost(work, costs, width, k, k)};
-    for (int m = k + 1; m <= std::min(width, kMostBlocks); ++m) {
-        const double cost = expected_cost(work, costs, width, k, m);
-        if (cost < best.nanoseconds) best = {m, cost};
-    }
-    return best;
-}
-
-Work work_of(std::size_t n_left, std::size_t n_right, bool cross) {
-    const auto a = static_cast<double>(n_left);
-    const auto b = static_cast<double>(n_right);
-    return cross ? Work{a + b, std::max(a, b)} : Work{a, a};
-}
-
-Plan make_plan(const Work& work, const Costs& costs, std::uint64_t varying, int k) {
-    const int blocks = choose(work, costs, __builtin_popcountll(varying), k).blocks;
-    if (blocks == 0) return {};
-    return {cut(varying, blocks), static_cast<std::size_t>(blocks - k)};
-}
 
 // Scratch for partitions of groups that fit in a core's cache: taken and given back like a stack.
 class Scratch {
@@ -351,43 +257,6 @@ bool join(const std::uint64_t* left, std::size_t n_left, const std::uint64_t* ri
     return !stopped.load();
 }
 
-// The cross join of a few with many times as many. Nothing and false where the few crowd into some keys, so that
-// looking them up costs more than cutting both sides.
-std::optional<bool> probe_join(const std::uint64_t* few, std::size_t n_few, const std::uint64_t* many,
-                               std::size_t n_many, int k, unsigned threads, Isa isa, PairSink& sink) {
-    constexpr double kLookUp = 4.0;  // nanoseconds
-    constexpr std::size_t kGrain = 16'384;
-    const Costs costs = costs_on(isa);
-    const Work work = work_of(n_few, n_many, true);
-    const std::vector<Block> blocks = cut(~std::uint64_t{0}, k + 1);
-    std::vector<ProbeTable> tables;
-    double cost = 0.0;
-    for (const Block& block : blocks) {
-        tables.emplace_back(few, n_few, block);
-        cost += static_cast<double>(n_many) * (kLookUp + tables.back().meetings() * costs.compare);
-        if (cost > choose(work, costs, 64, k).nanoseconds) return std::nullopt;
-    }
-    std::atomic<bool> stopped{false};
-    std::vector<std::vector<std::uint64_t>> hits(threads);
-    for (std::size_t block = 0; block < blocks.size(); ++block) {
-        parallel_for(n_many, threads, kGrain, [&](std::size_t begin, std::size_t end, unsigned thread) {
-            if (stopped.load(std::memory_order_relaxed)) return;
-            hits[thread].clear();
-            tables[block].probe(many + begin, end - begin, k, isa, hits[thread]);
-            for (const std::uint64_t hit : hits[thread]) {
-                const std::size_t i = begin + (hit >> 32);
-                const auto j = static_cast<std::uint32_t>(hit);
-                const std::uint64_t difference = many[i] ^ few[j];
-                const bool earlier = std::any_of(blocks.begin(), blocks.begin() + static_cast<std::ptrdiff_t>(block),
-                                                 [&](const Block& other) { return (difference & other.mask()) == 0; });
-                if (earlier) continue;  // found in that block's table
-                if (!sink.take(thread, j, static_cast<std::uint32_t>(i))) stopped.store(true);
-            }
-        });
-    }
-    return !stopped.load();
-}
-
 // Hands on the pairs of a join of parts of two arrays, in whichever order they were joined.
 struct Moved : PairSink {
     Moved(PairSink& s, bool swap, std::size_t a, std::size_t b) : sink(s), swapped(swap), from_a(a), from_b(b) {}
@@ -429,11 +298,6 @@ bool cross_join(const std::uint64_t* left, std::size_t n_left, const std::uint64
         if (!join(few, n_few, many + from, std::min(slice, n_many - from), true, k, threads, isa, moved)) return false;
     }
     return true;
-}
-
-JoinPlan join_plan(std::size_t n, int k, Isa isa) {
-    const Choice best = choose(work_of(n, 0, false), costs_on(isa), 64, k);
-    return {best.blocks, best.blocks == 0 ? 0 : best.blocks - k, best.nanoseconds * 1e-9};
 }
 
 }  // namespace slmfast

@@ -21,7 +21,7 @@ inline bool isa_available(Isa isa) {
     switch (isa) {
         case Isa::avx512:
             return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                   __builtin_cpu_supports("avx512vpopcntdq");
+                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vpopcntdq");
         case Isa::avx2: return __builtin_cpu_supports("avx2");
         default: return true;
     }

@@ -12,7 +12,7 @@ namespace slmfast {
 // Compares rows of one column; each thread has its own. It remembers the grams of the last `a`: callers hold a fixed.
 class Jaccard {
 public:
-    Jaccard(const NormalisedTexts& texts, int ngram) : texts_(texts), ngram_(ngram) {}
+    Jaccard(const NormalisedTexts& texts, int ngram, Isa isa) : texts_(texts), ngram_(ngram), isa_(isa) {}
 
     // |A and B| / |A or B|; the quotient of two integers in double precision.
     double operator()(std::int64_t a, std::int64_t b) {
@@ -36,13 +36,14 @@ public:
 private:
     void read(std::int64_t row, std::vector<std::uint64_t>& grams) {
         texts_.read(row, text_);
-        gram_hashes(text_, ngram_, grams);
+        gram_hashes(text_, ngram_, isa_, grams);
         std::sort(grams.begin(), grams.end());
         grams.erase(std::unique(grams.begin(), grams.end()), grams.end());
     }
 
     NormalisedTexts texts_;
     int ngram_;
+    Isa isa_;
     std::int64_t remembered_ = -1;
     CodePoints text_;
     std::vector<std::uint64_t> first_;

@@ -1,9 +1,14 @@
 #include "probe_join.hpp"
 
 #include <algorithm>
+#include <atomic>
 #include <utility>
+#include <vector>
 
+#include "join_plan.hpp"
 #include "near_scan.hpp"
+#include "parallel.hpp"
+#include "partition.hpp"
 
 namespace slmfast {
 namespace {
@@ -60,7 +65,26 @@ Probe probe_on(Isa isa) {
     return probe_scalar;
 }
 
-}  // namespace
+// One of k + 1 blocks of the bits; a pair within distance k agrees on at least one of them. Fingerprints are grouped by
+// the block's first key bits, so those that a value may be near to lie side by side.
+class ProbeTable {
+public:
+    ProbeTable(const std::uint64_t* fingerprints, std::size_t n, const Block& block);
+
+    // How many members a value meets on average, if its like is drawn as the members are.
+    double meetings() const { return meetings_; }
+
+    // Appends (i << 32 | j) for each values[i] within distance k of member j that agrees on this block.
+    void probe(const std::uint64_t* values, std::size_t n, int k, Isa isa, std::vector<std::uint64_t>& hits) const;
+
+private:
+    Block block_;
+    int bits_;
+    double meetings_ = 0.0;
+    std::vector<std::uint32_t> begins_;
+    std::vector<std::uint64_t> fp_;
+    std::vector<std::uint32_t> id_;
+};
 
 ProbeTable::ProbeTable(const std::uint64_t* fingerprints, std::size_t n, const Block& block)
     : block_(block), bits_(1), fp_(n), id_(n) {
@@ -90,6 +114,43 @@ void ProbeTable::probe(const std::uint64_t* values, std::size_t n, int k, Isa is
         if (((values[i] ^ fp_[place]) & block_.mask()) == 0) hits[kept++] = std::uint64_t{i} << 32 | id_[place];
     }
     hits.resize(kept);
+}
+
+}  // namespace
+
+std::optional<bool> probe_join(const std::uint64_t* few, std::size_t n_few, const std::uint64_t* many,
+                               std::size_t n_many, int k, unsigned threads, Isa isa, PairSink& sink) {
+    constexpr double kLookUp = 4.0;  // nanoseconds
+    constexpr std::size_t kGrain = 16'384;
+    const Costs costs = costs_on(isa);
+    const Work work = work_of(n_few, n_many, true);
+    const std::vector<Block> blocks = cut(~std::uint64_t{0}, k + 1);
+    std::vector<ProbeTable> tables;
+    double cost = 0.0;
+    for (const Block& block : blocks) {
+        tables.emplace_back(few, n_few, block);
+        cost += static_cast<double>(n_many) * (kLookUp + tables.back().meetings() * costs.compare);
+        if (cost > choose(work, costs, 64, k).nanoseconds) return std::nullopt;
+    }
+    std::atomic<bool> stopped{false};
+    std::vector<std::vector<std::uint64_t>> hits(threads);
+    for (std::size_t block = 0; block < blocks.size(); ++block) {
+        parallel_for(n_many, threads, kGrain, [&](std::size_t begin, std::size_t end, unsigned thread) {
+            if (stopped.load(std::memory_order_relaxed)) return;
+            hits[thread].clear();
+            tables[block].probe(many + begin, end - begin, k, isa, hits[thread]);
+            for (const std::uint64_t hit : hits[thread]) {
+                const std::size_t i = begin + (hit >> 32);
+                const auto j = static_cast<std::uint32_t>(hit);
+                const std::uint64_t difference = many[i] ^ few[j];
+                const bool earlier = std::any_of(blocks.begin(), blocks.begin() + static_cast<std::ptrdiff_t>(block),
+                                                 [&](const Block& other) { return (difference & other.mask()) == 0; });
+                if (earlier) continue;  // found in that block's table
+                if (!sink.take(thread, j, static_cast<std::uint32_t>(i))) stopped.store(true);
+            }
+        });
+    }
+    return !stopped.load();
 }
 
 }  // namespace slmfast

@@ -3,32 +3,16 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <vector>
+#include <optional>
 
 #include "hamming_join.hpp"
-#include "partition.hpp"
 
 namespace slmfast {
 
-// One of k + 1 blocks of the bits; a pair within distance k agrees on at least one of them. Fingerprints are grouped by
-// the block's first key bits, so those that a value may be near to lie side by side.
-class ProbeTable {
-public:
-    ProbeTable(const std::uint64_t* fingerprints, std::size_t n, const Block& block);
-
-    // How many members a value meets on average, if its like is drawn as the members are.
-    double meetings() const { return meetings_; }
-
-    // Appends (i << 32 | j) for each values[i] within distance k of member j that agrees on this block.
-    void probe(const std::uint64_t* values, std::size_t n, int k, Isa isa, std::vector<std::uint64_t>& hits) const;
-
-private:
-    Block block_;
-    int bits_;
-    double meetings_ = 0.0;
-    std::vector<std::uint32_t> begins_;
-    std::vector<std::uint64_t> fp_;
-    std::vector<std::uint32_t> id_;
-};
+// Every pair of a position in `few` and one in `many`, which the sink knows in this order. False if the sink stopped it;
+// nothing, and nothing done, where the few crowd into some keys, so that looking them up would cost more than a join that
+// cuts both sides.
+std::optional<bool> probe_join(const std::uint64_t* few, std::size_t n_few, const std::uint64_t* many,
+                               std::size_t n_many, int k, unsigned threads, Isa isa, PairSink& sink);
 
 }  // namespace slmfast

@@ -73,7 +73,7 @@ Decoded normalise(std::string_view text, CodePoints& out);
 Decoded decode(std::string_view text, CodePoints& out);
 
 // Hashes of all grams in order of occurrence (steps 2 and 3).
-void gram_hashes(const CodePoints& text, int ngram, std::vector<std::uint64_t>& out);
+void gram_hashes(const CodePoints& text, int ngram, Isa isa, std::vector<std::uint64_t>& out);
 
 // The majority of votes (step 4). votes > 0.
 std::uint64_t majority(const std::uint64_t* votes, std::size_t count, Isa isa);
