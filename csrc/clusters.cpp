@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <limits>
 #include <mutex>
 #include <numeric>
 
@@ -39,7 +40,7 @@ public:
     explicit EqualTexts(const Input& in) : in_(in) {}
 
     // Writes first[row] for the rows [begin, end), which ascend.
-    void group(const Row* begin, const Row* end, Row* first) {
+    void group(const Row* begin, const Row* end, std::int64_t* first) {
         keyed_.clear();
         for (const Row* at = begin; at != end; ++at) {
             if (same_bytes(*begin, *at)) {
@@ -61,7 +62,7 @@ public:
 
 private:
     // Rows of one key are equal but for a collision of hashes: each goes to the first that it truly equals.
-    void settle(std::size_t from, std::size_t to, Row* first) {
+    void settle(std::size_t from, std::size_t to, std::int64_t* first) {
         std::vector<Row> distinct;
         for (std::size_t i = from; i < to; ++i) {
             const Row row = keyed_[i].second;
@@ -102,7 +103,7 @@ private:
 };
 
 // first[row] = the first row of equal text, for every row with a fingerprint.
-void find_equal_texts(const Input& in, const std::vector<Row>& rows, Row* first) {
+void find_equal_texts(const Input& in, const std::vector<Row>& rows, std::int64_t* first) {
     constexpr std::size_t kGrain = 4096;
     const auto run_end = [&](std::size_t i) {
         return group_end(in.fingerprints, rows, i);
@@ -135,12 +136,12 @@ struct Nodes {
 class Verifier {
 public:
     Verifier(const Input& in, const Nodes& nodes) : in_(in), nodes_(nodes) {
-        for (unsigned thread = 0; thread < in.options.threads; ++thread)
-            jaccards_.emplace_back(in.texts, in.options.ngram);
+        for (unsigned thread = 0; thread < in.options.threads; ++thread) jaccards_.emplace_back(in.options.ngram);
     }
 
     bool operator()(unsigned thread, Node a, Node b) {
-        return !in_.options.verified || jaccards_[thread](nodes_.rows[a], nodes_.rows[b]) >= in_.options.verify;
+        if (!in_.options.verified) return true;
+        return jaccards_[thread](in_.texts, nodes_.rows[a], in_.texts, nodes_.rows[b]) >= in_.options.verify;
     }
 
 private:
@@ -155,6 +156,124 @@ std::vector<std::uint64_t> gather(const Nodes& nodes, const std::vector<Node>& s
     for (const Node node : some) fingerprints.push_back(nodes.fingerprints[node]);
     return fingerprints;
 }
+
+// --- Stored rows ------------------------------------------------------------------------------------------------
+
+using Place = std::int64_t;  // of a stored row, counted through the spans
+
+// The stored rows as one sequence, though each span lies where it is.
+class Stored {
+public:
+    explicit Stored(const std::vector<StoredSpan>& spans) : spans_(spans) {
+        for (const StoredSpan& span : spans) {
+            begins_.push_back(size_);
+            size_ += static_cast<Place>(span.size);
+        }
+    }
+
+    struct At {
+        const StoredSpan& span;
+        std::int64_t row;
+    };
+
+    At operator[](Place place) const {
+        const auto after = std::upper_bound(begins_.begin(), begins_.end(), place);
+        const auto span = static_cast<std::size_t>(after - begins_.begin()) - 1;
+        return {spans_[span], place - begins_[span]};
+    }
+
+    std::uint64_t fingerprint(Place place) const {
+        const auto [span, row] = (*this)[place];
+        return span.fingerprints[row];
+    }
+
+    // Calls visit(first place, fingerprints, count) for all rows in order; small spans are gathered, large ones are
+    // given as they lie.
+    template <class Visit>
+    void for_each_batch(Visit&& visit) const {
+        constexpr std::size_t kLarge = std::size_t{1} << 16;
+        std::vector<std::uint64_t> gathered;
+        const auto flush = [&](Place end) {
+            if (!gathered.empty()) visit(end - static_cast<Place>(gathered.size()), gathered.data(), gathered.size());
+            gathered.clear();
+        };
+        for (std::size_t i = 0; i < spans_.size(); ++i) {
+            const StoredSpan& span = spans_[i];
+            if (span.size >= kLarge || gathered.size() + span.size > kLarge) flush(begins_[i]);
+            if (span.size >= kLarge) {
+                visit(begins_[i], span.fingerprints, span.size);
+            } else {
+                gathered.insert(gathered.end(), span.fingerprints, span.fingerprints + span.size);
+            }
+        }
+        flush(size_);
+    }
+
+private:
+    const std::vector<StoredSpan>& spans_;
+    std::vector<Place> begins_;  // the first place of each span; of several that share one, only the last has rows
+    Place size_ = 0;
+};
+
+// Finds the earliest stored row that claims each of the asking rows, which are firsts of their texts.
+class StoredClaims : public PairSink {
+public:
+    StoredClaims(const Input& in, const Stored& stored, const Nodes& asking)
+        : in_(in), stored_(stored), asking_(asking), best_(asking.rows.size()) {
+        for (auto& best : best_) best.store(kNone, std::memory_order_relaxed);
+        for (unsigned thread = 0; thread < in.options.threads; ++thread) scratch_.emplace_back(in.options.ngram);
+    }
+
+    // Writes -1 - place to duplicate_of of every row that is claimed.
+    void run(std::int64_t* duplicate_of) {
+        stored_.for_each_batch([&](Place first, const std::uint64_t* fingerprints, std::size_t count) {
+            first_ = first;
+            cross_join(fingerprints, count, asking_.fingerprints.data(), asking_.rows.size(), in_.options.k,
+                       in_.options.threads, in_.options.isa, *this);
+        });
+        for (std::size_t i = 0; i < best_.size(); ++i) {
+            const Place place = best_[i].load(std::memory_order_relaxed);
+            if (place != kNone) duplicate_of[asking_.rows[i]] = -1 - place;
+        }
+    }
+
+    bool take(unsigned thread, std::uint32_t a, std::uint32_t b) override {
+        const Place candidate = first_ + a;
+        Place known = best_[b].load(std::memory_order_relaxed);
+        if (candidate >= known || !claims(scratch_[thread], candidate, asking_.rows[b])) return true;
+        while (candidate < known && !best_[b].compare_exchange_weak(known, candidate)) {}
+        return true;
+    }
+
+private:
+    static constexpr Place kNone = std::numeric_limits<Place>::max();
+
+    struct Scratch {
+        explicit Scratch(int ngram) : jaccard(ngram) {}
+        Jaccard jaccard;
+        CodePoints one;
+        CodePoints two;
+    };
+
+    // For rows within k: texts with few grams must be equal, the others similar.
+    bool claims(Scratch& scratch, Place place, Row row) const {
+        const auto [span, at] = stored_[place];
+        if (span.states[at] != in_.states[row]) return false;
+        if (in_.states[row] == RowState::full)
+            return !in_.options.verified || scratch.jaccard(span.texts, at, in_.texts, row) >= in_.options.verify;
+        if (span.fingerprints[at] != in_.fingerprints[row]) return false;
+        span.texts.read(at, scratch.one);
+        in_.texts.read(row, scratch.two);
+        return scratch.one == scratch.two;
+    }
+
+    const Input& in_;
+    const Stored& stored_;
+    const Nodes& asking_;
+    Place first_ = 0;  // of the batch being joined
+    std::vector<std::atomic<Place>> best_;
+    std::vector<Scratch> scratch_;
+};
 
 // --- Representatives --------------------------------------------------------------------------------------------
 
@@ -317,10 +436,14 @@ private:
 }  // namespace
 
 bool NormalisedTexts::is_replaced(std::int64_t row) const {
-    return std::binary_search(rows->begin(), rows->end(), row);
+    return rows != nullptr && std::binary_search(rows->begin(), rows->end(), row);
 }
 
 void NormalisedTexts::read(std::int64_t row, CodePoints& out) const {
+    if (rows == nullptr) {
+        decode((*raw)[row], out);
+        return;
+    }
     const auto place = std::lower_bound(rows->begin(), rows->end(), row);
     if (place != rows->end() && *place == row) {
         decode((*replaced)[place - rows->begin()], out);
@@ -330,27 +453,36 @@ void NormalisedTexts::read(std::int64_t row, CodePoints& out) const {
 }
 
 void cluster(const NormalisedTexts& texts, const std::uint64_t* fingerprints, const RowState* states, std::int64_t n,
-             const ClusterOptions& options, std::int64_t* duplicate_of, std::uint8_t* distance) {
+             const std::vector<StoredSpan>& spans, const ClusterOptions& options, std::int64_t* duplicate_of,
+             std::uint8_t* distance) {
     const Input in{texts, fingerprints, states, options};
-    std::vector<Row> first(static_cast<std::size_t>(n));
-    std::iota(first.begin(), first.end(), Row{0});
-    find_equal_texts(in, rows_by_fingerprint(in, n), first.data());
-
+    const Stored stored(spans);
+    std::iota(duplicate_of, duplicate_of + n, std::int64_t{0});
+    {
+        const std::vector<Row> rows = rows_by_fingerprint(in, n);
+        find_equal_texts(in, rows, duplicate_of);
+    }
+    if (!spans.empty()) {
+        Nodes asking;
+        for (std::int64_t row = 0; row < n; ++row)
+            if ((states[row] == RowState::few || states[row] == RowState::full) && duplicate_of[row] == row)
+                asking.add(in, static_cast<Row>(row));
+        StoredClaims(in, stored, asking).run(duplicate_of);
+    }
     Nodes nodes;
     for (std::int64_t row = 0; row < n; ++row)
-        if (states[row] == RowState::full && first[static_cast<std::size_t>(row)] == row)
-            nodes.add(in, static_cast<Row>(row));
+        if (states[row] == RowState::full && duplicate_of[row] == row) nodes.add(in, static_cast<Row>(row));
     const std::vector<Node> stand_in =
         options.components ? Components(in, nodes).run() : Representatives(in, nodes).run();
-
-    for (std::int64_t row = 0; row < n; ++row) duplicate_of[row] = first[static_cast<std::size_t>(row)];
     for (std::size_t node = 0; node < nodes.rows.size(); ++node)
         duplicate_of[nodes.rows[node]] = nodes.rows[stand_in[node]];
-    // A node's first row comes before its other rows, so its own stand-in is already known.
+
+    // A text's first row comes before its other rows, so its own stand-in is already known.
     for (std::int64_t row = 0; row < n; ++row) {
-        duplicate_of[row] = duplicate_of[duplicate_of[row]];
-        const std::uint64_t difference = fingerprints[row] ^ fingerprints[duplicate_of[row]];
-        distance[row] = static_cast<std::uint8_t>(__builtin_popcountll(difference));
+        if (duplicate_of[row] >= 0) duplicate_of[row] = duplicate_of[duplicate_of[row]];
+        const std::int64_t other = duplicate_of[row];
+        const std::uint64_t theirs = other >= 0 ? fingerprints[other] : stored.fingerprint(-1 - other);
+        distance[row] = static_cast<std::uint8_t>(__builtin_popcountll(fingerprints[row] ^ theirs));
     }
 }
 
