@@ -75,11 +75,17 @@ class IndexFile:
         if settings != self._settings:
             odd = ", ".join(f"{key}={value}" for key, value in settings.items() if self._settings.get(key) != value)
             raise UserError(f"{self.path} was made with {odd}: open it with the same, or give another path")
-        segments: list[Segment] = []
-        if identity == self._identity and self._commit and self._commit.segments <= commit.segments:
-            known, segments = self._commit, self.segments
-        self.segments = [*segments, *index_format.read_segments(file, known, commit)]
+        self.segments = self._grown(file, identity, commit) or index_format.read_segments(file, known, commit)
         self._commit, self._identity = commit, identity
+
+    def _grown(self, file: BinaryIO, identity: tuple[int, int], commit: Commit) -> list[Segment] | None:
+        """The segments, if the file is the one that was read and has but grown since."""
+        if self._commit is None or identity != self._identity:
+            return None
+        try:
+            return [*self.segments, *index_format.read_segments(file, self._commit, commit)]
+        except Damage:  # or somebody copied another index over it: reading it whole will tell
+            return None
 
     def _read_commit(self, file: BinaryIO) -> tuple[bytes, Commit]:
         for last_try in (False, False, True):  # a writer may have been at the record while it was read
@@ -97,7 +103,7 @@ class IndexFile:
             except Damage:
                 if last_try:
                     raise
-                time.sleep(0.01)
+                time.sleep(0.001)
         raise AssertionError("the last try returns or raises")
 
     @contextmanager
