@@ -2,9 +2,9 @@
 //
 // The bytes are cut into blocks of 1 MiB. Within a block, little-endian 64-bit words go to eight lanes in turn; a lane
 // takes a word by lane = rotate(lane ^ word, 29) * odd constant, and the lanes are folded by h = mix(h ^ lane). Blocks
-// are folded the same way, in order, and the length of all comes last. Each step is a bijection of what it takes in, so a
-// change within one word always changes the checksum; any other change is missed with a chance of 2^-64. It tells
-// damage, not forgery. Blocks are independent, so threads share them, and memory is what limits the speed.
+// are folded the same way, in order, and the length of all comes last. Each step is a bijection of what it takes in, so
+// a change within one word always changes the checksum; any other change is missed with a chance of about 2^-64. It
+// tells damage, not forgery. Blocks are independent, so threads share them, and memory is what limits the speed.
 #pragma once
 
 #include <algorithm>
@@ -35,7 +35,8 @@ inline std::uint64_t checksum_block(const unsigned char* bytes, std::size_t size
     std::size_t at = 0;
     for (; at + 8 * kLanes <= size; at += 8 * kLanes)
         for (std::size_t lane = 0; lane < kLanes; ++lane) take(lane, load(bytes + at + 8 * lane, 8));
-    for (std::size_t lane = 0; at < size; ++lane, at += 8) take(lane, load(bytes + at, std::min<std::size_t>(8, size - at)));
+    for (std::size_t lane = 0; at < size; ++lane, at += 8)
+        take(lane, load(bytes + at, std::min<std::size_t>(8, size - at)));
     std::uint64_t folded = 0;
     for (const std::uint64_t lane : lanes) folded = mix(folded ^ lane);
     return folded;

@@ -28,9 +28,11 @@ struct Input {
 
 // Rows with a fingerprint, those of equal fingerprint side by side.
 std::vector<Row> rows_by_fingerprint(const Input& in, std::int64_t n) {
+    const auto has_fingerprint = [](RowState state) { return state == RowState::few || state == RowState::full; };
     std::vector<Row> rows;
+    rows.reserve(static_cast<std::size_t>(std::count_if(in.states, in.states + n, has_fingerprint)));
     for (std::int64_t row = 0; row < n; ++row)
-        if (in.states[row] == RowState::few || in.states[row] == RowState::full) rows.push_back(static_cast<Row>(row));
+        if (has_fingerprint(in.states[row])) rows.push_back(static_cast<Row>(row));
     return group_rows(in.fingerprints, rows, in.options.threads);
 }
 
@@ -121,14 +123,23 @@ void find_equal_texts(const Input& in, const std::vector<Row>& rows, std::int64_
 
 // --- Nodes ------------------------------------------------------------------------------------------------------
 
-// The nodes that take part in the join: the first rows of equal texts with enough grams, in row order.
+// The nodes that take part in a join: first rows of equal texts, in row order.
 struct Nodes {
     std::vector<Row> rows;
     std::vector<std::uint64_t> fingerprints;
 
-    void add(const Input& in, Row row) {
-        rows.push_back(row);
-        fingerprints.push_back(in.fingerprints[row]);
+    // Of the first n rows those for which `wanted` holds.
+    template <class Wanted>
+    Nodes(const Input& in, std::int64_t n, Wanted&& wanted) {
+        std::size_t count = 0;
+        for (std::int64_t row = 0; row < n; ++row) count += wanted(row);
+        rows.reserve(count);
+        fingerprints.reserve(count);
+        for (std::int64_t row = 0; row < n; ++row) {
+            if (!wanted(row)) continue;
+            rows.push_back(static_cast<Row>(row));
+            fingerprints.push_back(in.fingerprints[row]);
+        }
     }
 };
 
@@ -327,9 +338,14 @@ private:
     // Settles nodes that no earlier kept node outside the set claims; returns those kept. Both ascend.
     std::vector<Node> settle(std::vector<Node> set) {
         BoundedPairs pairs(in_.options.threads, budget_);
-        const std::vector<std::uint64_t> fingerprints = gather(nodes_, set);
-        const bool whole = self_join(fingerprints.data(), set.size(), in_.options.k, in_.options.threads,
-                                     in_.options.isa, pairs);
+        bool whole;
+        {
+            std::vector<std::uint64_t> some;
+            if (set.size() < nodes_.rows.size()) some = gather(nodes_, set);
+            const std::vector<std::uint64_t>& fingerprints = some.empty() ? nodes_.fingerprints : some;
+            whole = self_join(fingerprints.data(), set.size(), in_.options.k, in_.options.threads, in_.options.isa,
+                              pairs);
+        }
         if (whole) return settle_by_pairs(set, pairs.sorted());
         const auto middle = set.begin() + static_cast<std::ptrdiff_t>(set.size() / 2);
         std::vector<Node> later(middle, set.end());
@@ -340,17 +356,49 @@ private:
         return kept;
     }
 
+    // The pairs (later << 32 | earlier), as positions in the set, are sorted, and so settled in order. They are taken
+    // in chunks of whole groups of one `later`: what comes before a chunk is settled, so all its groups look there at
+    // once; only those that find nothing there go on, one after another, with candidates from the chunk itself.
     std::vector<Node> settle_by_pairs(const std::vector<Node>& set, const std::vector<std::uint64_t>& pairs) {
-        for (const std::uint64_t pair : pairs) {
-            const Node later = set[pair >> 32];
-            const Node earlier = set[pair & 0xFFFFFFFFu];
-            const bool open = stand_in_[later] == later && stand_in_[earlier] == earlier;
-            if (open && verify_(0, later, earlier)) stand_in_[later] = earlier;
+        constexpr std::size_t kChunk = std::size_t{1} << 15;
+        std::vector<std::size_t> groups;   // where each begins, and the last ends
+        std::vector<std::size_t> reached;  // how far each has come
+        for (std::size_t begin = 0; begin < pairs.size(); begin = groups.back()) {
+            groups.clear();
+            for (std::size_t i = begin; i < pairs.size(); ++i) {
+                if (i > begin && pairs[i] >> 32 == pairs[i - 1] >> 32) continue;
+                groups.push_back(i);
+                if (i - begin >= kChunk) break;
+            }
+            if (groups.back() - begin < kChunk) groups.push_back(pairs.size());
+            reached.assign(groups.begin(), groups.end() - 1);
+            const std::uint64_t settled = pairs[begin] >> 32;
+            const auto look_back = [&](std::size_t from, std::size_t to, unsigned thread) {
+                for (std::size_t group = from; group < to; ++group)
+                    reached[group] = claim(thread, set, pairs, groups[group], groups[group + 1], settled);
+            };
+            parallel_for(reached.size(), in_.options.threads, 16, look_back);
+            for (std::size_t group = 0; group < reached.size(); ++group)
+                claim(0, set, pairs, reached[group], groups[group + 1], set.size());
         }
         std::vector<Node> kept;
         for (const Node node : set)
             if (stand_in_[node] == node) kept.push_back(node);
         return kept;
+    }
+
+    // Looks for the first kept node that claims the `later` of the pairs [from, to), among those before `limit`.
+    // Returns where it stopped, or `to` if it found one.
+    std::size_t claim(unsigned thread, const std::vector<Node>& set, const std::vector<std::uint64_t>& pairs,
+                      std::size_t from, std::size_t to, std::uint64_t limit) {
+        for (; from < to && (pairs[from] & 0xFFFFFFFFu) < limit; ++from) {
+            const Node later = set[pairs[from] >> 32];
+            const Node earlier = set[pairs[from] & 0xFFFFFFFFu];
+            if (stand_in_[earlier] != earlier || !verify_(thread, later, earlier)) continue;
+            stand_in_[later] = earlier;
+            return to;
+        }
+        return from;
     }
 
     // Gives each later node the earliest kept node that claims it; returns the nodes left over.
@@ -397,40 +445,47 @@ class Components : public PairSink {
 public:
     Components(const Input& in, const Nodes& nodes)
         : in_(in), nodes_(nodes), verify_(in, nodes), root_(nodes.rows.size()) {
-        std::iota(root_.begin(), root_.end(), Node{0});
+        for (Node node = 0; node < root_.size(); ++node) root_[node].store(node, std::memory_order_relaxed);
     }
 
-    const std::vector<Node>& run() {
+    std::vector<Node> run() {
         self_join(nodes_.fingerprints.data(), nodes_.rows.size(), in_.options.k, in_.options.threads, in_.options.isa,
                   *this);
-        for (Node node = 0; node < root_.size(); ++node) root_[node] = find(node);
-        return root_;
+        std::vector<Node> roots(root_.size());
+        for (Node node = 0; node < root_.size(); ++node) roots[node] = find(node);
+        return roots;
     }
 
+    // Nearly all pairs of a dense set are connected already: that is seen without the lock, because what is connected
+    // stays so. If another thread has not finished connecting them, the pair is verified in vain.
     bool take(unsigned thread, std::uint32_t a, std::uint32_t b) override {
-        {
-            const std::lock_guard<std::mutex> lock(guard_);
-            if (find(a) == find(b)) return true;
-        }
-        if (!verify_(thread, a, b)) return true;
+        if (find(a) == find(b) || !verify_(thread, a, b)) return true;
         const std::lock_guard<std::mutex> lock(guard_);
         const Node x = find(a);
         const Node y = find(b);
-        root_[std::max(x, y)] = std::min(x, y);
+        root_[std::max(x, y)].store(std::min(x, y), std::memory_order_relaxed);
         return true;
     }
 
 private:
+    // Halves the path as it goes. Only roots are ever connected, and a node that is none never becomes one again, so
+    // any ancestor may be written there at any time.
     Node find(Node node) {
-        while (root_[node] != node) node = root_[node] = root_[root_[node]];
-        return node;
+        for (;;) {
+            const Node parent = root_[node].load(std::memory_order_relaxed);
+            if (parent == node) return node;
+            const Node above = root_[parent].load(std::memory_order_relaxed);
+            if (above == parent) return parent;
+            root_[node].store(above, std::memory_order_relaxed);
+            node = above;
+        }
     }
 
     const Input& in_;
     const Nodes& nodes_;
     Verifier verify_;
-    std::vector<Node> root_;
-    std::mutex guard_;
+    std::vector<std::atomic<Node>> root_;
+    std::mutex guard_;  // of the roots
 };
 
 }  // namespace
@@ -463,15 +518,14 @@ void cluster(const NormalisedTexts& texts, const std::uint64_t* fingerprints, co
         find_equal_texts(in, rows, duplicate_of);
     }
     if (!spans.empty()) {
-        Nodes asking;
-        for (std::int64_t row = 0; row < n; ++row)
-            if ((states[row] == RowState::few || states[row] == RowState::full) && duplicate_of[row] == row)
-                asking.add(in, static_cast<Row>(row));
+        const Nodes asking(in, n, [&](std::int64_t row) {
+            return (states[row] == RowState::few || states[row] == RowState::full) && duplicate_of[row] == row;
+        });
         StoredClaims(in, stored, asking).run(duplicate_of);
     }
-    Nodes nodes;
-    for (std::int64_t row = 0; row < n; ++row)
-        if (states[row] == RowState::full && duplicate_of[row] == row) nodes.add(in, static_cast<Row>(row));
+    const Nodes nodes(in, n, [&](std::int64_t row) {
+        return states[row] == RowState::full && duplicate_of[row] == row;
+    });
     const std::vector<Node> stand_in =
         options.components ? Components(in, nodes).run() : Representatives(in, nodes).run();
     for (std::size_t node = 0; node < nodes.rows.size(); ++node)

@@ -88,23 +88,21 @@ class IndexFile:
             return None
 
     def _read_commit(self, file: BinaryIO) -> tuple[bytes, Commit]:
-        for last_try in (False, False, True):  # a writer may have been at the record while it was read
-            file.seek(0)
-            prefix = file.read(index_format.PREFIX)
-            version = index_format.parse_version(prefix)
-            if version is None:
-                raise UserError(f"{self.path} is not a dedup index; {_REMEDY}")
-            if version != index_format.VERSION:
-                raise UserError(
-                    f"{self.path} is a dedup index of version {version}, not {index_format.VERSION}; {_REMEDY}"
-                )
-            try:
-                return prefix, index_format.parse_commit(prefix, os.fstat(file.fileno()).st_size)
-            except Damage:
-                if last_try:
-                    raise
-                time.sleep(0.001)
-        raise AssertionError("the last try returns or raises")
+        for _ in range(2):  # a writer may be at the record while it is read
+            with suppress(Damage):
+                return self._parsed_commit(file)
+            time.sleep(0.001)
+        return self._parsed_commit(file)
+
+    def _parsed_commit(self, file: BinaryIO) -> tuple[bytes, Commit]:
+        file.seek(0)
+        prefix = file.read(index_format.PREFIX)
+        version, ours = index_format.parse_version(prefix), index_format.VERSION
+        if version is None:
+            raise UserError(f"{self.path} is not a dedup index; {_REMEDY}")
+        if version != ours:
+            raise UserError(f"{self.path} is a dedup index of version {version}, not {ours}; {_REMEDY}")
+        return prefix, index_format.parse_commit(prefix, os.fstat(file.fileno()).st_size)
 
     @contextmanager
     def writing(self) -> Iterator[Callable[[Columns], None]]:
