@@ -5,14 +5,21 @@
 #include <sched.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <cstdlib>
 #include <limits>
+#include <memory>
 #include <optional>
 #include <string>
+#include <system_error>
 #include <thread>
 
+#include "checksum.hpp"
 #include "clusters.hpp"
+#include "common_id.hpp"
 #include "hamming_join.hpp"
+#include "mapped_bytes.hpp"
+#include "normalised_rows.hpp"
 #include "parallel.hpp"
 #include "simhash.hpp"
 
@@ -83,6 +90,17 @@ std::size_t checked_length(const Dense<T>& array, const char* name) {
     return static_cast<std::size_t>(array.size());
 }
 
+// The memory of a contiguous buffer, held while this lives.
+struct HeldBytes {
+    explicit HeldBytes(const py::buffer& buffer) : info(buffer.request()) {
+        const bool dense = info.ndim == 0 || (info.ndim == 1 && info.strides[0] == info.itemsize);
+        if (!dense) throw py::value_error("a buffer must be contiguous");
+    }
+    const unsigned char* data() const { return static_cast<const unsigned char*>(info.ptr); }
+    std::size_t size() const { return static_cast<std::size_t>(info.size * info.itemsize); }
+    py::buffer_info info;
+};
+
 // A text column together with the Python buffers that it reads.
 class Texts {
 public:
@@ -115,15 +133,12 @@ private:
 
     Bytes bytes(const py::handle& object) {
         if (object.is_none()) return {};
-        held_.push_back(py::cast<py::buffer>(object).request());
-        const py::buffer_info& info = held_.back();
-        const bool dense = info.ndim == 0 || (info.ndim == 1 && info.strides[0] == info.itemsize);
-        if (!dense) throw py::value_error("an Arrow buffer must be contiguous");
-        return {static_cast<const char*>(info.ptr), info.size * info.itemsize};
+        const HeldBytes& held = held_.emplace_back(py::cast<py::buffer>(object));
+        return {reinterpret_cast<const char*>(held.data()), static_cast<std::int64_t>(held.size())};
     }
 
     TextColumn column_;
-    std::vector<py::buffer_info> held_;  // keeps the memory in place
+    std::vector<HeldBytes> held_;  // keeps the memory in place
 };
 
 py::tuple bind_fingerprints(const Texts& texts, bool normalised, int ngram, int threads) {
@@ -177,46 +192,156 @@ py::tuple bind_join_plan(std::size_t n, int k) {
     return py::make_tuple(plan.blocks, plan.required, plan.core_seconds);
 }
 
-py::tuple bind_cluster(const Texts& texts, const Texts& replaced, const Dense<std::int64_t>& row_array,
-                       const Dense<std::uint64_t>& fingerprints, const Dense<std::uint8_t>& states, int k,
-                       bool components, std::optional<double> verify, int ngram, int threads, std::size_t pair_budget) {
+// A column whose foreign rows were normalised elsewhere.
+struct ReplacedTexts {
+    ReplacedTexts(const Texts& texts, const Texts& replaced, const Dense<std::int64_t>& row_array) {
+        checked_length(row_array, "rows");
+        rows.assign(row_array.data(), row_array.data() + row_array.size());
+        const bool ordered = std::adjacent_find(rows.begin(), rows.end(), std::greater_equal<>()) == rows.end();
+        const bool inside = rows.empty() || (rows.front() >= 0 && rows.back() < texts.column().size());
+        if (!ordered || !inside || replaced.column().size() != static_cast<std::int64_t>(rows.size()))
+            throw py::value_error("the replaced rows must ascend, lie inside the column and have one text each");
+        view = {&texts.column(), &replaced.column(), &rows};
+    }
+    ReplacedTexts(const ReplacedTexts&) = delete;  // the view looks into this very object
+    std::vector<std::int64_t> rows;
+    NormalisedTexts view;
+};
+
+const RowState* checked_states(const Dense<std::uint8_t>& states) {
+    const bool known = std::all_of(states.data(), states.data() + states.size(), [](std::uint8_t state) {
+        return state < static_cast<std::uint8_t>(RowState::foreign);
+    });
+    if (!known) throw py::value_error("every row needs a state, and none may be left to normalise");
+    return reinterpret_cast<const RowState*>(states.data());
+}
+
+// Each span: (fingerprints, states, Texts of normalised texts). What they lie in must outlive the call.
+std::vector<StoredSpan> stored_spans(const py::list& list, std::vector<py::object>& held) {
+    std::vector<StoredSpan> spans;
+    for (const py::handle& item : list) {
+        const auto fields = py::cast<py::tuple>(item);
+        if (fields.size() != 3) throw py::value_error("a span has three fields");
+        const auto fingerprints = py::cast<Dense<std::uint64_t>>(fields[0]);
+        const auto states = py::cast<Dense<std::uint8_t>>(fields[1]);
+        const auto& texts = py::cast<const Texts&>(fields[2]);
+        StoredSpan span;
+        span.size = checked_length(fingerprints, "a span's fingerprints");
+        if (checked_length(states, "a span's states") != span.size ||
+            texts.column().size() != static_cast<std::int64_t>(span.size))
+            throw py::value_error("a span needs one fingerprint, one state and one text a row");
+        span.fingerprints = fingerprints.data();
+        span.states = reinterpret_cast<const RowState*>(states.data());
+        span.texts.raw = &texts.column();
+        spans.push_back(span);
+        held.insert(held.end(), {fingerprints, states, py::reinterpret_borrow<py::object>(fields[2])});
+    }
+    return spans;
+}
+
+py::tuple clustered(const Texts& texts, const Texts& replaced, const Dense<std::int64_t>& rows,
+                    const Dense<std::uint64_t>& fingerprints, const Dense<std::uint8_t>& states,
+                    const std::vector<StoredSpan>& spans, std::optional<double> verify, ClusterOptions options) {
     const std::int64_t n = texts.column().size();
     if (static_cast<std::int64_t>(checked_length(fingerprints, "fingerprints")) != n ||
         static_cast<std::int64_t>(checked_length(states, "states")) != n)
         throw py::value_error("fingerprints and states must have one value a row");
-    checked_length(row_array, "rows");
-    const std::vector<std::int64_t> rows(row_array.data(), row_array.data() + row_array.size());
-    const bool ordered = std::adjacent_find(rows.begin(), rows.end(), std::greater_equal<>()) == rows.end();
-    const bool inside = rows.empty() || (rows.front() >= 0 && rows.back() < n);
-    if (!ordered || !inside || replaced.column().size() != static_cast<std::int64_t>(rows.size()))
-        throw py::value_error("the replaced rows must ascend, lie inside the column and have one text each");
-    const bool known = std::all_of(states.data(), states.data() + n, [](std::uint8_t state) {
-        return state < static_cast<std::uint8_t>(RowState::foreign);
-    });
-    if (!known) throw py::value_error("every row needs a state, and none may be left to normalise");
+    const ReplacedTexts normalised(texts, replaced, rows);
+    const auto* state = checked_states(states);
     if (verify && !(*verify >= 0.0 && *verify <= 1.0))
         throw py::value_error("verify must be None or lie between 0 and 1");
-    ClusterOptions options;
-    options.k = checked_k(k);
-    options.components = components;
     options.verified = verify.has_value();
     options.verify = verify.value_or(0.0);
-    options.ngram = checked_ngram(ngram);
-    options.threads = thread_count(threads);
     options.isa = active_isa();
-    options.pair_budget = pair_budget;
     Dense<std::int64_t> duplicate_of(n);
     Dense<std::uint8_t> distance(n);
-    const NormalisedTexts normalised{&texts.column(), &replaced.column(), &rows};
     const auto* from = fingerprints.data();
-    const auto* state = reinterpret_cast<const RowState*>(states.data());
     auto* to = duplicate_of.mutable_data();
     auto* to_distance = distance.mutable_data();
     {
         const py::gil_scoped_release release;
-        cluster(normalised, from, state, n, options, to, to_distance);
+        cluster(normalised.view, from, state, n, spans, options, to, to_distance);
     }
     return py::make_tuple(duplicate_of, distance);
+}
+
+py::tuple bind_cluster(const Texts& texts, const Texts& replaced, const Dense<std::int64_t>& rows,
+                       const Dense<std::uint64_t>& fingerprints, const Dense<std::uint8_t>& states, int k,
+                       bool components, std::optional<double> verify, int ngram, int threads, std::size_t pair_budget) {
+    ClusterOptions options;
+    options.k = checked_k(k);
+    options.components = components;
+    options.ngram = checked_ngram(ngram);
+    options.threads = thread_count(threads);
+    options.pair_budget = pair_budget;
+    return clustered(texts, replaced, rows, fingerprints, states, {}, verify, options);
+}
+
+py::tuple bind_cluster_against(const py::list& spans, const Texts& texts, const Texts& replaced,
+                               const Dense<std::int64_t>& rows, const Dense<std::uint64_t>& fingerprints,
+                               const Dense<std::uint8_t>& states, int k, std::optional<double> verify, int ngram,
+                               int threads) {
+    ClusterOptions options;
+    options.k = checked_k(k);
+    options.ngram = checked_ngram(ngram);
+    options.threads = thread_count(threads);
+    std::vector<py::object> held;
+    const std::vector<StoredSpan> stored = stored_spans(spans, held);
+    return clustered(texts, replaced, rows, fingerprints, states, stored, verify, options);
+}
+
+py::tuple bind_normalised(const Texts& texts, const Texts& replaced, const Dense<std::int64_t>& replaced_rows,
+                          const Dense<std::int64_t>& rows, int threads) {
+    const ReplacedTexts normalised(texts, replaced, replaced_rows);
+    const std::size_t n = checked_length(rows, "rows");
+    const std::int64_t* from = rows.data();
+    const bool inside =
+        std::all_of(from, from + n, [&](std::int64_t row) { return row >= 0 && row < texts.column().size(); });
+    if (!inside) throw py::value_error("the rows must lie inside the column");
+    const unsigned used = thread_count(threads);
+    Dense<std::int64_t> offsets(static_cast<py::ssize_t>(n) + 1);
+    auto* to_offsets = offsets.mutable_data();
+    std::vector<std::string> pieces;
+    {
+        const py::gil_scoped_release release;
+        pieces = normalised_rows(normalised.view, from, n, used, to_offsets);
+    }
+    Dense<std::uint8_t> bytes(to_offsets[n]);
+    auto* to = bytes.mutable_data();
+    {
+        const py::gil_scoped_release release;
+        for (const std::string& piece : pieces) to = std::copy(piece.begin(), piece.end(), to);
+    }
+    return py::make_tuple(offsets, bytes);
+}
+
+std::unique_ptr<MappedBytes> bind_mapped(int file, std::int64_t begin, std::int64_t end) {
+    try {
+        return std::make_unique<MappedBytes>(file, begin, end);
+    } catch (const std::system_error& error) {
+        errno = error.code().value();
+        PyErr_SetFromErrno(PyExc_OSError);
+        throw py::error_already_set();
+    }
+}
+
+std::uint64_t bind_checksum(const py::buffer& buffer, int threads) {
+    const HeldBytes bytes(buffer);
+    const unsigned used = thread_count(threads);
+    const auto* data = bytes.data();
+    const std::size_t size = bytes.size();
+    const py::gil_scoped_release release;
+    return checksum(data, size, used);
+}
+
+std::int64_t bind_common_id(const Dense<std::int64_t>& few, const Dense<std::int64_t>& many, int threads) {
+    const std::size_t n_few = checked_length(few, "few");
+    const std::size_t n_many = checked_length(many, "many");
+    const unsigned used = thread_count(threads);
+    const auto* from = few.data();
+    const auto* among = many.data();
+    const py::gil_scoped_release release;
+    return common_id(from, n_few, among, n_many, used);
 }
 
 // The normal form of a text, or None where Python's unicodedata has to give it.
@@ -233,6 +358,7 @@ std::optional<std::u32string> bind_normalise(const py::bytes& utf8) {
 PYBIND11_MODULE(_native, module) {
     module.doc() = "Near-duplicate search. Use slmfast.near_duplicates, which prepares what these functions take.";
     module.attr("FORMAT_VERSION") = kFormatVersion;
+    module.attr("FEW") = static_cast<int>(RowState::few);
     module.attr("FOREIGN") = static_cast<int>(RowState::foreign);
     module.def("available_isas", &available_isas, "Instruction sets that this CPU has, slowest first.");
     module.def("active_isa", [] { return std::string(isa_name(active_isa())); },
@@ -240,6 +366,11 @@ PYBIND11_MODULE(_native, module) {
     py::class_<Texts>(module, "Texts", "A column of texts over Arrow buffers, read in place.")
         .def(py::init<const py::list&>(), py::arg("chunks"))
         .def("__len__", [](const Texts& texts) { return texts.column().size(); });
+    py::class_<MappedBytes>(module, "MappedBytes", py::buffer_protocol(), "The bytes [begin, end) of an open file.")
+        .def(py::init(&bind_mapped), py::arg("file"), py::arg("begin"), py::arg("end"))
+        .def_buffer([](const MappedBytes& bytes) {
+            return py::buffer_info(bytes.data(), static_cast<py::ssize_t>(bytes.size()));
+        });
     module.def("fingerprints", &bind_fingerprints, py::arg("texts"), py::arg("normalised"), py::arg("ngram"),
                py::arg("threads"), "(fingerprints uint64[n], states uint8[n])");
     module.def("near_pairs", &bind_near_pairs, py::arg("fingerprints").noconvert(), py::arg("k"), py::arg("threads"),
@@ -252,6 +383,18 @@ PYBIND11_MODULE(_native, module) {
                py::arg("fingerprints").noconvert(), py::arg("states").noconvert(), py::arg("k"), py::arg("components"),
                py::arg("verify"), py::arg("ngram"), py::arg("threads"), py::arg("pair_budget") = 0,
                "(duplicate_of int64[n], distance uint8[n])");
+    module.def("cluster_against", &bind_cluster_against, py::arg("spans"), py::arg("texts"), py::arg("replaced"),
+               py::arg("rows").noconvert(), py::arg("fingerprints").noconvert(), py::arg("states").noconvert(),
+               py::arg("k"), py::arg("verify"), py::arg("ngram"), py::arg("threads"),
+               "(duplicate_of int64[n], distance uint8[n]) where stored rows come first: -1 - p is their place p. "
+               "Each span of them: (fingerprints uint64, states uint8, Texts of normalised texts)");
+    module.def("normalised", &bind_normalised, py::arg("texts"), py::arg("replaced"),
+               py::arg("replaced_rows").noconvert(), py::arg("rows").noconvert(), py::arg("threads"),
+               "(offsets int64[m + 1], UTF-8 bytes uint8) of the normal forms of some rows, none of them null");
+    module.def("checksum", &bind_checksum, py::arg("buffer"), py::arg("threads"),
+               "64 bits that tell any damage of the bytes; frozen in the index file's version");
+    module.def("common_id", &bind_common_id, py::arg("few").noconvert(), py::arg("many").noconvert(),
+               py::arg("threads"), "The position in few (int64, ascending) of the first that is in many, or -1");
     module.def("normalise", &bind_normalise, py::arg("utf8"),
                "The normal form of a text, or None where the native module leaves it to Python.");
 }

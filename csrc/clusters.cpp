@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <limits>
 #include <mutex>
 #include <numeric>
 
@@ -25,23 +26,15 @@ struct Input {
 
 // --- Equal texts ------------------------------------------------------------------------------------------------
 
-// Rows with a fingerprint, those of equal fingerprint side by side.
-std::vector<Row> rows_by_fingerprint(const Input& in, std::int64_t n) {
-    std::vector<Row> rows;
-    for (std::int64_t row = 0; row < n; ++row)
-        if (in.states[row] == RowState::few || in.states[row] == RowState::full) rows.push_back(static_cast<Row>(row));
-    return group_rows(in.fingerprints, rows, in.options.threads);
-}
-
 // Finds the first row of equal normalised text among rows of one fingerprint.
 class EqualTexts {
 public:
     explicit EqualTexts(const Input& in) : in_(in) {}
 
     // Writes first[row] for the rows [begin, end), which ascend.
-    void group(const Row* begin, const Row* end, Row* first) {
+    void group(const Row* begin, const Row* end, std::int64_t* first) {
         keyed_.clear();
-        for (const Row* at = begin; at != end; ++at) {
+        for (const Row* at = begin + 1; at != end; ++at) {
             if (same_bytes(*begin, *at)) {
                 first[*at] = *begin;
             } else {
@@ -61,7 +54,7 @@ public:
 
 private:
     // Rows of one key are equal but for a collision of hashes: each goes to the first that it truly equals.
-    void settle(std::size_t from, std::size_t to, Row* first) {
+    void settle(std::size_t from, std::size_t to, std::int64_t* first) {
         std::vector<Row> distinct;
         for (std::size_t i = from; i < to; ++i) {
             const Row row = keyed_[i].second;
@@ -101,33 +94,34 @@ private:
     std::vector<std::pair<std::uint64_t, Row>> keyed_;
 };
 
-// first[row] = the first row of equal text, for every row with a fingerprint.
-void find_equal_texts(const Input& in, const std::vector<Row>& rows, Row* first) {
-    constexpr std::size_t kGrain = 4096;
-    const auto run_end = [&](std::size_t i) {
-        return group_end(in.fingerprints, rows, i);
-    };
-    parallel_for(rows.size(), in.options.threads, kGrain, [&](std::size_t begin, std::size_t end, unsigned) {
-        EqualTexts equal(in);
-        if (begin > 0 && in.fingerprints[rows[begin - 1]] == in.fingerprints[rows[begin]]) begin = run_end(begin);
-        while (begin < end) {  // a run belongs to the piece in which it begins
-            const std::size_t to = run_end(begin);
-            equal.group(&rows[begin], &rows[begin] + (to - begin), first);
-            begin = to;
-        }
-    });
+bool has_fingerprint(RowState state) { return state == RowState::few || state == RowState::full; }
+
+// first[row] = the first row of equal text, where there is one before; rows stand for themselves on entry.
+void find_equal_texts(const Input& in, std::int64_t n, std::int64_t* first) {
+    for_each_equal(in.fingerprints, static_cast<std::size_t>(n), in.options.threads,
+                   [&](Row row) { return has_fingerprint(in.states[row]); },
+                   [&](const Row* begin, const Row* end) { EqualTexts(in).group(begin, end, first); });
 }
 
 // --- Nodes ------------------------------------------------------------------------------------------------------
 
-// The nodes that take part in the join: the first rows of equal texts with enough grams, in row order.
+// The nodes that take part in a join: first rows of equal texts, in row order.
 struct Nodes {
     std::vector<Row> rows;
     std::vector<std::uint64_t> fingerprints;
 
-    void add(const Input& in, Row row) {
-        rows.push_back(row);
-        fingerprints.push_back(in.fingerprints[row]);
+    // Of the first n rows those for which `wanted` holds.
+    template <class Wanted>
+    Nodes(const Input& in, std::int64_t n, Wanted&& wanted) {
+        std::size_t count = 0;
+        for (std::int64_t row = 0; row < n; ++row) count += wanted(row);
+        rows.reserve(count);
+        fingerprints.reserve(count);
+        for (std::int64_t row = 0; row < n; ++row) {
+            if (!wanted(row)) continue;
+            rows.push_back(static_cast<Row>(row));
+            fingerprints.push_back(in.fingerprints[row]);
+        }
     }
 };
 
@@ -136,11 +130,12 @@ class Verifier {
 public:
     Verifier(const Input& in, const Nodes& nodes) : in_(in), nodes_(nodes) {
         for (unsigned thread = 0; thread < in.options.threads; ++thread)
-            jaccards_.emplace_back(in.texts, in.options.ngram, in.options.isa);
+            jaccards_.emplace_back(in.options.ngram, in.options.isa);
     }
 
     bool operator()(unsigned thread, Node a, Node b) {
-        return !in_.options.verified || jaccards_[thread](nodes_.rows[a], nodes_.rows[b]) >= in_.options.verify;
+        if (!in_.options.verified) return true;
+        return jaccards_[thread](in_.texts, nodes_.rows[a], in_.texts, nodes_.rows[b]) >= in_.options.verify;
     }
 
 private:
@@ -155,6 +150,125 @@ std::vector<std::uint64_t> gather(const Nodes& nodes, const std::vector<Node>& s
     for (const Node node : some) fingerprints.push_back(nodes.fingerprints[node]);
     return fingerprints;
 }
+
+// --- Stored rows ------------------------------------------------------------------------------------------------
+
+using Place = std::int64_t;  // of a stored row, counted through the spans
+
+// The stored rows as one sequence, though each span lies where it is.
+class Stored {
+public:
+    explicit Stored(const std::vector<StoredSpan>& spans) : spans_(spans) {
+        for (const StoredSpan& span : spans) {
+            begins_.push_back(size_);
+            size_ += static_cast<Place>(span.size);
+        }
+    }
+
+    struct At {
+        const StoredSpan& span;
+        std::int64_t row;
+    };
+
+    At operator[](Place place) const {
+        const auto after = std::upper_bound(begins_.begin(), begins_.end(), place);
+        const auto span = static_cast<std::size_t>(after - begins_.begin()) - 1;
+        return {spans_[span], place - begins_[span]};
+    }
+
+    std::uint64_t fingerprint(Place place) const {
+        const auto [span, row] = (*this)[place];
+        return span.fingerprints[row];
+    }
+
+    // Calls visit(first place, fingerprints, count) for all rows in order; small spans are gathered, large ones are
+    // given as they lie.
+    template <class Visit>
+    void for_each_batch(Visit&& visit) const {
+        constexpr std::size_t kLarge = std::size_t{1} << 16;
+        std::vector<std::uint64_t> gathered;
+        const auto flush = [&](Place end) {
+            if (!gathered.empty()) visit(end - static_cast<Place>(gathered.size()), gathered.data(), gathered.size());
+            gathered.clear();
+        };
+        for (std::size_t i = 0; i < spans_.size(); ++i) {
+            const StoredSpan& span = spans_[i];
+            if (span.size >= kLarge || gathered.size() + span.size > kLarge) flush(begins_[i]);
+            if (span.size >= kLarge) {
+                visit(begins_[i], span.fingerprints, span.size);
+            } else {
+                gathered.insert(gathered.end(), span.fingerprints, span.fingerprints + span.size);
+            }
+        }
+        flush(size_);
+    }
+
+private:
+    const std::vector<StoredSpan>& spans_;
+    std::vector<Place> begins_;  // the first place of each span; of several that share one, only the last has rows
+    Place size_ = 0;
+};
+
+// Finds the earliest stored row that claims each of the asking rows, which are firsts of their texts.
+class StoredClaims : public PairSink {
+public:
+    StoredClaims(const Input& in, const Stored& stored, const Nodes& asking)
+        : in_(in), stored_(stored), asking_(asking), best_(asking.rows.size()) {
+        for (auto& best : best_) best.store(kNone, std::memory_order_relaxed);
+        for (unsigned thread = 0; thread < in.options.threads; ++thread)
+            scratch_.emplace_back(in.options.ngram, in.options.isa);
+    }
+
+    // Writes -1 - place to duplicate_of of every row that is claimed.
+    void run(std::int64_t* duplicate_of) {
+        stored_.for_each_batch([&](Place first, const std::uint64_t* fingerprints, std::size_t count) {
+            first_ = first;
+            cross_join(fingerprints, count, asking_.fingerprints.data(), asking_.rows.size(), in_.options.k,
+                       in_.options.threads, in_.options.isa, *this);
+        });
+        for (std::size_t i = 0; i < best_.size(); ++i) {
+            const Place place = best_[i].load(std::memory_order_relaxed);
+            if (place != kNone) duplicate_of[asking_.rows[i]] = -1 - place;
+        }
+    }
+
+    bool take(unsigned thread, std::uint32_t a, std::uint32_t b) override {
+        const Place candidate = first_ + a;
+        Place known = best_[b].load(std::memory_order_relaxed);
+        if (candidate >= known || !claims(scratch_[thread], candidate, asking_.rows[b])) return true;
+        while (candidate < known && !best_[b].compare_exchange_weak(known, candidate)) {}
+        return true;
+    }
+
+private:
+    static constexpr Place kNone = std::numeric_limits<Place>::max();
+
+    struct Scratch {
+        Scratch(int ngram, Isa isa) : jaccard(ngram, isa) {}
+        Jaccard jaccard;
+        CodePoints one;
+        CodePoints two;
+    };
+
+    // For rows within k: texts with few grams must be equal, the others similar.
+    bool claims(Scratch& scratch, Place place, Row row) const {
+        const auto [span, at] = stored_[place];
+        if (span.states[at] != in_.states[row]) return false;
+        if (in_.states[row] == RowState::full)
+            return !in_.options.verified || scratch.jaccard(span.texts, at, in_.texts, row) >= in_.options.verify;
+        if (span.fingerprints[at] != in_.fingerprints[row]) return false;
+        span.texts.read(at, scratch.one);
+        in_.texts.read(row, scratch.two);
+        return scratch.one == scratch.two;
+    }
+
+    const Input& in_;
+    const Stored& stored_;
+    const Nodes& asking_;
+    Place first_ = 0;  // of the batch being joined
+    std::vector<std::atomic<Place>> best_;
+    std::vector<Scratch> scratch_;
+};
 
 // --- Representatives --------------------------------------------------------------------------------------------
 
@@ -208,9 +322,14 @@ private:
     // Settles nodes that no earlier kept node outside the set claims; returns those kept. Both ascend.
     std::vector<Node> settle(std::vector<Node> set) {
         BoundedPairs pairs(in_.options.threads, budget_);
-        const std::vector<std::uint64_t> fingerprints = gather(nodes_, set);
-        const bool whole = self_join(fingerprints.data(), set.size(), in_.options.k, in_.options.threads,
-                                     in_.options.isa, pairs);
+        bool whole;
+        {
+            std::vector<std::uint64_t> some;
+            if (set.size() < nodes_.rows.size()) some = gather(nodes_, set);
+            const std::vector<std::uint64_t>& fingerprints = some.empty() ? nodes_.fingerprints : some;
+            whole = self_join(fingerprints.data(), set.size(), in_.options.k, in_.options.threads, in_.options.isa,
+                              pairs);
+        }
         if (whole) return settle_by_pairs(set, pairs.sorted());
         const auto middle = set.begin() + static_cast<std::ptrdiff_t>(set.size() / 2);
         std::vector<Node> later(middle, set.end());
@@ -221,17 +340,49 @@ private:
         return kept;
     }
 
+    // The pairs (later << 32 | earlier), as positions in the set, are sorted, and so settled in order. They are taken
+    // in chunks of whole groups of one `later`: what comes before a chunk is settled, so all its groups look there at
+    // once; only those that find nothing there go on, one after another, with candidates from the chunk itself.
     std::vector<Node> settle_by_pairs(const std::vector<Node>& set, const std::vector<std::uint64_t>& pairs) {
-        for (const std::uint64_t pair : pairs) {
-            const Node later = set[pair >> 32];
-            const Node earlier = set[pair & 0xFFFFFFFFu];
-            const bool open = stand_in_[later] == later && stand_in_[earlier] == earlier;
-            if (open && verify_(0, later, earlier)) stand_in_[later] = earlier;
+        constexpr std::size_t kChunk = std::size_t{1} << 15;
+        std::vector<std::size_t> groups;   // where each begins, and the last ends
+        std::vector<std::size_t> reached;  // how far each has come
+        for (std::size_t begin = 0; begin < pairs.size(); begin = groups.back()) {
+            groups.clear();
+            for (std::size_t i = begin; i < pairs.size(); ++i) {
+                if (i > begin && pairs[i] >> 32 == pairs[i - 1] >> 32) continue;
+                groups.push_back(i);
+                if (i - begin >= kChunk) break;
+            }
+            if (groups.back() - begin < kChunk) groups.push_back(pairs.size());
+            reached.assign(groups.begin(), groups.end() - 1);
+            const std::uint64_t settled = pairs[begin] >> 32;
+            const auto look_back = [&](std::size_t from, std::size_t to, unsigned thread) {
+                for (std::size_t group = from; group < to; ++group)
+                    reached[group] = claim(thread, set, pairs, groups[group], groups[group + 1], settled);
+            };
+            parallel_for(reached.size(), in_.options.threads, 16, look_back);
+            for (std::size_t group = 0; group < reached.size(); ++group)
+                claim(0, set, pairs, reached[group], groups[group + 1], set.size());
         }
         std::vector<Node> kept;
         for (const Node node : set)
             if (stand_in_[node] == node) kept.push_back(node);
         return kept;
+    }
+
+    // Looks for the first kept node that claims the `later` of the pairs [from, to), among those before `limit`.
+    // Returns where it stopped, or `to` if it found one.
+    std::size_t claim(unsigned thread, const std::vector<Node>& set, const std::vector<std::uint64_t>& pairs,
+                      std::size_t from, std::size_t to, std::uint64_t limit) {
+        for (; from < to && (pairs[from] & 0xFFFFFFFFu) < limit; ++from) {
+            const Node later = set[pairs[from] >> 32];
+            const Node earlier = set[pairs[from] & 0xFFFFFFFFu];
+            if (stand_in_[earlier] != earlier || !verify_(thread, later, earlier)) continue;
+            stand_in_[later] = earlier;
+            return to;
+        }
+        return from;
     }
 
     // Gives each later node the earliest kept node that claims it; returns the nodes left over.
@@ -278,49 +429,60 @@ class Components : public PairSink {
 public:
     Components(const Input& in, const Nodes& nodes)
         : in_(in), nodes_(nodes), verify_(in, nodes), root_(nodes.rows.size()) {
-        std::iota(root_.begin(), root_.end(), Node{0});
+        for (Node node = 0; node < root_.size(); ++node) root_[node].store(node, std::memory_order_relaxed);
     }
 
-    const std::vector<Node>& run() {
+    std::vector<Node> run() {
         self_join(nodes_.fingerprints.data(), nodes_.rows.size(), in_.options.k, in_.options.threads, in_.options.isa,
                   *this);
-        for (Node node = 0; node < root_.size(); ++node) root_[node] = find(node);
-        return root_;
+        std::vector<Node> roots(root_.size());
+        for (Node node = 0; node < root_.size(); ++node) roots[node] = find(node);
+        return roots;
     }
 
+    // Nearly all pairs of a dense set are connected already: that is seen without the lock, because what is connected
+    // stays so. If another thread has not finished connecting them, the pair is verified in vain.
     bool take(unsigned thread, std::uint32_t a, std::uint32_t b) override {
-        {
-            const std::lock_guard<std::mutex> lock(guard_);
-            if (find(a) == find(b)) return true;
-        }
-        if (!verify_(thread, a, b)) return true;
+        if (find(a) == find(b) || !verify_(thread, a, b)) return true;
         const std::lock_guard<std::mutex> lock(guard_);
         const Node x = find(a);
         const Node y = find(b);
-        root_[std::max(x, y)] = std::min(x, y);
+        root_[std::max(x, y)].store(std::min(x, y), std::memory_order_relaxed);
         return true;
     }
 
 private:
+    // Halves the path as it goes. Only roots are ever connected, and a node that is none never becomes one again, so
+    // any ancestor may be written there at any time.
     Node find(Node node) {
-        while (root_[node] != node) node = root_[node] = root_[root_[node]];
-        return node;
+        for (;;) {
+            const Node parent = root_[node].load(std::memory_order_relaxed);
+            if (parent == node) return node;
+            const Node above = root_[parent].load(std::memory_order_relaxed);
+            if (above == parent) return parent;
+            root_[node].store(above, std::memory_order_relaxed);
+            node = above;
+        }
     }
 
     const Input& in_;
     const Nodes& nodes_;
     Verifier verify_;
-    std::vector<Node> root_;
-    std::mutex guard_;
+    std::vector<std::atomic<Node>> root_;
+    std::mutex guard_;  // of the roots
 };
 
 }  // namespace
 
 bool NormalisedTexts::is_replaced(std::int64_t row) const {
-    return std::binary_search(rows->begin(), rows->end(), row);
+    return rows != nullptr && std::binary_search(rows->begin(), rows->end(), row);
 }
 
 void NormalisedTexts::read(std::int64_t row, CodePoints& out) const {
+    if (rows == nullptr) {
+        decode((*raw)[row], out);
+        return;
+    }
     const auto place = std::lower_bound(rows->begin(), rows->end(), row);
     if (place != rows->end() && *place == row) {
         decode((*replaced)[place - rows->begin()], out);
@@ -330,27 +492,32 @@ void NormalisedTexts::read(std::int64_t row, CodePoints& out) const {
 }
 
 void cluster(const NormalisedTexts& texts, const std::uint64_t* fingerprints, const RowState* states, std::int64_t n,
-             const ClusterOptions& options, std::int64_t* duplicate_of, std::uint8_t* distance) {
+             const std::vector<StoredSpan>& spans, const ClusterOptions& options, std::int64_t* duplicate_of,
+             std::uint8_t* distance) {
     const Input in{texts, fingerprints, states, options};
-    std::vector<Row> first(static_cast<std::size_t>(n));
-    std::iota(first.begin(), first.end(), Row{0});
-    find_equal_texts(in, rows_by_fingerprint(in, n), first.data());
-
-    Nodes nodes;
-    for (std::int64_t row = 0; row < n; ++row)
-        if (states[row] == RowState::full && first[static_cast<std::size_t>(row)] == row)
-            nodes.add(in, static_cast<Row>(row));
+    const Stored stored(spans);
+    std::iota(duplicate_of, duplicate_of + n, std::int64_t{0});
+    find_equal_texts(in, n, duplicate_of);
+    if (!spans.empty()) {
+        const Nodes asking(in, n, [&](std::int64_t row) {
+            return has_fingerprint(states[row]) && duplicate_of[row] == row;
+        });
+        StoredClaims(in, stored, asking).run(duplicate_of);
+    }
+    const Nodes nodes(in, n, [&](std::int64_t row) {
+        return states[row] == RowState::full && duplicate_of[row] == row;
+    });
     const std::vector<Node> stand_in =
         options.components ? Components(in, nodes).run() : Representatives(in, nodes).run();
-
-    for (std::int64_t row = 0; row < n; ++row) duplicate_of[row] = first[static_cast<std::size_t>(row)];
     for (std::size_t node = 0; node < nodes.rows.size(); ++node)
         duplicate_of[nodes.rows[node]] = nodes.rows[stand_in[node]];
-    // A node's first row comes before its other rows, so its own stand-in is already known.
+
+    // A text's first row comes before its other rows, so its own stand-in is already known.
     for (std::int64_t row = 0; row < n; ++row) {
-        duplicate_of[row] = duplicate_of[duplicate_of[row]];
-        const std::uint64_t difference = fingerprints[row] ^ fingerprints[duplicate_of[row]];
-        distance[row] = static_cast<std::uint8_t>(__builtin_popcountll(difference));
+        if (duplicate_of[row] >= 0) duplicate_of[row] = duplicate_of[duplicate_of[row]];
+        const std::int64_t other = duplicate_of[row];
+        const std::uint64_t theirs = other >= 0 ? fingerprints[other] : stored.fingerprint(-1 - other);
+        distance[row] = static_cast<std::uint8_t>(__builtin_popcountll(fingerprints[row] ^ theirs));
     }
 }
 

@@ -6,6 +6,9 @@
 //   components      nodes joined by any chain of verified pairs merge; the earliest stands for all.
 // A pair verifies when the sets of its normalised grams have a Jaccard similarity of at least `verify`.
 // Nulls and empty texts are kept and match nothing; texts with few grams match only an equal normalised text.
+//
+// Rows kept earlier may be stored elsewhere (DedupIndex): they come before all rows of the column, and each claims a
+// row of it just as an earlier kept row of the column would. So deduplicating in parts keeps what the whole keeps.
 #pragma once
 
 #include <cstdint>
@@ -19,7 +22,7 @@ namespace slmfast {
 
 // The texts of a column, of which some rows were normalised elsewhere because their state was `foreign`.
 struct NormalisedTexts {
-    const TextColumn* raw = nullptr;
+    const TextColumn* raw = nullptr;                 // with rows absent: a column normalised as a whole
     const TextColumn* replaced = nullptr;            // normalised texts ...
     const std::vector<std::int64_t>* rows = nullptr;  // ... of these rows, ascending
 
@@ -39,9 +42,19 @@ struct ClusterOptions {
     std::size_t pair_budget = 0;  // most pairs held at once, at least 1; 0: twice the rows, but a million at least
 };
 
+// Kept rows of an earlier call, with normalised texts and states `few` or `full`; fewer than 2^32.
+struct StoredSpan {
+    NormalisedTexts texts;
+    const std::uint64_t* fingerprints = nullptr;
+    const RowState* states = nullptr;
+    std::size_t size = 0;
+};
+
 // Fills duplicate_of (a row itself where kept) and the Hamming distance to it, for n < 2^32 rows.
-// No state may be `foreign`.
+// No state may be `foreign`. The places of stored rows count through the spans in order; a row for which place p
+// stands gets -1 - p. Nothing is allocated or copied in proportion to the stored rows. Spans need `representative`.
 void cluster(const NormalisedTexts& texts, const std::uint64_t* fingerprints, const RowState* states, std::int64_t n,
-             const ClusterOptions& options, std::int64_t* duplicate_of, std::uint8_t* distance);
+             const std::vector<StoredSpan>& stored, const ClusterOptions& options, std::int64_t* duplicate_of,
+             std::uint8_t* distance);
 
 }  // namespace slmfast

@@ -1,4 +1,4 @@
-// Rows grouped by fingerprint: equal ones side by side, each group in row order.
+// Rows of equal fingerprint.
 #pragma once
 
 #include <algorithm>
@@ -7,62 +7,35 @@
 #include <vector>
 
 #include "parallel.hpp"
+#include "partition.hpp"
 
 namespace slmfast {
 
-// Orders `rows` (ascending on entry) so that rows of equal fingerprint are neighbours, ascending. The order of the
-// groups follows a hash, the same on any number of threads. Buckets of the hash are mostly sorted in cache.
-inline std::vector<std::uint32_t> group_rows(const std::uint64_t* fingerprints, const std::vector<std::uint32_t>& rows,
-                                             unsigned threads) {
-    constexpr int kBits = 12;
-    constexpr std::size_t kBuckets = std::size_t{1} << kBits;
-    const auto bucket_of = [&](std::uint32_t row) { return fingerprints[row] * 0x9e3779b97f4a7c15u >> (64 - kBits); };
-    const std::size_t slices = threads;
-    const std::size_t step = (rows.size() + slices - 1) / slices;
-    std::vector<std::size_t> places(slices * kBuckets, 0);
-    const auto slice = [&](std::size_t s, auto&& visit) {
-        const std::size_t end = std::min(rows.size(), (s + 1) * step);
-        for (std::size_t i = std::min(rows.size(), s * step); i < end; ++i)
-            visit(rows[i], places[s * kBuckets + bucket_of(rows[i])]);
-    };
-    parallel_for(slices, threads, 1, [&](std::size_t s, std::size_t, unsigned) {
-        slice(s, [](std::uint32_t, std::size_t& count) { ++count; });
-    });
-    std::vector<std::size_t> begins(kBuckets + 1, 0);
-    std::size_t total = 0;
-    for (std::size_t bucket = 0; bucket < kBuckets; ++bucket) {
-        begins[bucket] = total;
-        for (std::size_t s = 0; s < slices; ++s) total += std::exchange(places[s * kBuckets + bucket], total);
-    }
-    begins[kBuckets] = total;
-    std::vector<std::uint32_t> grouped(rows.size());
-    parallel_for(slices, threads, 1, [&](std::size_t s, std::size_t, unsigned) {
-        slice(s, [&](std::uint32_t row, std::size_t& place) { grouped[place++] = row; });
-    });
-    parallel_for(kBuckets, threads, 16, [&](std::size_t from, std::size_t to, unsigned) {
+// Calls visit(first, last), from several threads at once, with the rows (ascending) of each fingerprint that two or more
+// of the n rows share. Only rows of which has(row) holds take part. n < 2^32. Extra memory: 12 bytes a row.
+template <class Has, class Visit>
+void for_each_equal(const std::uint64_t* fingerprints, std::size_t n, unsigned threads, Has&& has, Visit&& visit) {
+    constexpr std::size_t kBucket = 1024;
+    constexpr int kMostBits = 12;
+    int bits = 1;
+    while (bits < kMostBits && (n >> bits) > kBucket) ++bits;
+    Side side(fingerprints, n);
+    side.scatter(Block(~std::uint64_t{0}), bits, threads);
+    parallel_for(std::size_t{1} << bits, threads, 1, [&](std::size_t bucket, std::size_t, unsigned) {
+        const Group group = side.part(bucket);
         std::vector<std::pair<std::uint64_t, std::uint32_t>> keyed;
-        for (std::size_t bucket = from; bucket < to; ++bucket) {
-            keyed.clear();
-            for (std::size_t i = begins[bucket]; i < begins[bucket + 1]; ++i)
-                keyed.emplace_back(fingerprints[grouped[i]], grouped[i]);
-            std::sort(keyed.begin(), keyed.end());
-            for (std::size_t i = 0; i < keyed.size(); ++i) grouped[begins[bucket] + i] = keyed[i].second;
+        keyed.reserve(group.size);
+        for (std::size_t i = 0; i < group.size; ++i)
+            if (has(group.id[i])) keyed.emplace_back(group.fp[i], group.id[i]);
+        std::sort(keyed.begin(), keyed.end());
+        std::vector<std::uint32_t> rows;
+        for (std::size_t i = 0; i < keyed.size();) {
+            rows.clear();
+            const std::uint64_t fingerprint = keyed[i].first;
+            for (; i < keyed.size() && keyed[i].first == fingerprint; ++i) rows.push_back(keyed[i].second);
+            if (rows.size() > 1) visit(rows.data(), rows.data() + rows.size());
         }
     });
-    return grouped;
-}
-
-// Where the group that holds place `i` ends. Binary, because a group may hold all rows.
-inline std::size_t group_end(const std::uint64_t* fingerprints, const std::vector<std::uint32_t>& grouped,
-                             std::size_t i) {
-    const std::uint64_t fingerprint = fingerprints[grouped[i]];
-    std::size_t width = 1;  // doubled first, because most groups hold one row
-    while (i + width < grouped.size() && fingerprints[grouped[i + width]] == fingerprint) width *= 2;
-    const auto from = grouped.begin() + static_cast<std::ptrdiff_t>(i + width / 2);
-    const auto to = grouped.begin() + static_cast<std::ptrdiff_t>(std::min(grouped.size(), i + width));
-    return static_cast<std::size_t>(
-        std::partition_point(from, to, [&](std::uint32_t row) { return fingerprints[row] == fingerprint; }) -
-        grouped.begin());
 }
 
 }  // namespace slmfast

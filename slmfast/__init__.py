@@ -13,7 +13,7 @@ _HOME = {
     "near_pairs": "slmfast.near_duplicates",
     "dedup": "slmfast.near_duplicates",
     "DedupResult": "slmfast.near_duplicates",
-    "DedupIndex": "slmfast.near_duplicates",
+    "DedupIndex": "slmfast.dedup_index",
     "perplexity": "slmfast.scoring",
     "choose": "slmfast.scoring",
     "fuse": "slmfast.fusion",

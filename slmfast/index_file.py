@@ -1,86 +1,240 @@
-"""The file behind DedupIndex: the ids and normalised texts of the rows kept so far, with a versioned, checked header.
+"""The file of a DedupIndex: opened, checked, appended to by one writer at a time (slmfast.index_format has the bytes).
 
-8 bytes of magic, the format's version (uint32, little-endian), the length of the settings (uint32), 32 bytes of
-BLAKE2b over the version and all that follows the checksum, the settings as JSON, and an Arrow IPC file. A new file is
-written beside the old one and renamed over it, so a crash leaves one or the other. The texts are read in place from
-the memory-mapped file.
+The file is mapped into memory and never read as a whole into it. A writer holds an advisory lock (flock) on the file;
+readers need none, since committed bytes never change. A file of very many segments is written anew as one, beside the
+old file, and renamed over it. Where the system has no flock (Windows), one process at a time is up to the user.
 """
 
-import hashlib
-import json
-import struct
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from io import FileIO
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-import pyarrow as pa
+import numpy as np
 
+from slmfast import index_format
 from slmfast.errors import UserError
+from slmfast.index_format import Columns, Commit, Damage, Segment
 from slmfast.store import atomic_path
 
-SCHEMA = pa.schema([("id", pa.int64()), ("text", pa.large_string())])
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
 
-_MAGIC = b"SLMDEDUP"
-_VERSION = 1
-_HEAD = struct.Struct("<8sII32s")
+LOCK_SECONDS = 10.0  # how long a second writer waits for the first
+MOST_SEGMENTS = 1024  # so many are merged into one before the next append
+_ROWS_PER_PIECE = 1 << 16  # rows that are copied at a time
+_MOST_ROWS = (1 << 32) - 2  # of one segment: the native module's limit
 _REMEDY = "restore it from a copy, or delete it to begin anew"
 
 
-def read_index(path: Path, settings: dict[str, Any]) -> pa.Table:
-    """The stored rows, of SCHEMA.
+class IndexFile:
+    """The segments of the file at `path`, as far as it was read; a path without a file has none.
 
     Raises:
-        UserError: the file is damaged, no index, of another version, or made with other settings.
+        UserError: the file can't be read, is damaged, no index, of another version, or made with other settings.
     """
+
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        self.path = path
+        self.segments: list[Segment] = []
+        self._settings = settings
+        self._commit: Commit | None = None  # up to which the file was read
+        self._identity: tuple[int, int] | None = None  # of the file that the segments lie in
+        self.refresh()
+
+    def __len__(self) -> int:
+        return self._commit.rows if self._commit else 0
+
+    def refresh(self) -> None:
+        """Reads what was appended since; all of it, if another file has taken the place of the one read."""
+        try:
+            with self.path.open("rb") as file:
+                self._read(file)
+        except FileNotFoundError:
+            if self._commit is not None:
+                raise UserError(f"{self.path} is gone: open the index anew to begin an empty one") from None
+        except OSError as error:
+            raise UserError(f"{self.path}: the index can't be opened ({_reason(error)}); {_REMEDY}") from error
+        except Damage as damage:
+            raise UserError(f"{self.path}: the index is damaged, {damage}; {_REMEDY}") from damage
+
+    def _read(self, file: BinaryIO) -> None:
+        status = os.fstat(file.fileno())
+        identity = (status.st_dev, status.st_ino)
+        prefix, commit = self._read_commit(file)
+        if identity == self._identity and commit == self._commit:
+            return
+        settings, known = index_format.parse_settings(prefix, file, commit)
+        if settings != self._settings:
+            odd = ", ".join(f"{key}={value}" for key, value in settings.items() if self._settings.get(key) != value)
+            raise UserError(f"{self.path} was made with {odd}: open it with the same, or give another path")
+        self.segments = self._grown(file, identity, commit) or index_format.read_segments(file, known, commit)
+        self._commit, self._identity = commit, identity
+
+    def _grown(self, file: BinaryIO, identity: tuple[int, int], commit: Commit) -> list[Segment] | None:
+        """The segments, if the file is the one that was read and has but grown since."""
+        if self._commit is None or identity != self._identity:
+            return None
+        try:
+            return [*self.segments, *index_format.read_segments(file, self._commit, commit)]
+        except Damage:  # or somebody copied another index over it: reading it whole will tell
+            return None
+
+    def _read_commit(self, file: BinaryIO) -> tuple[bytes, Commit]:
+        for _ in range(2):  # a writer may be at the record while it is read
+            with suppress(Damage):
+                return self._parsed_commit(file)
+            time.sleep(0.001)
+        return self._parsed_commit(file)
+
+    def _parsed_commit(self, file: BinaryIO) -> tuple[bytes, Commit]:
+        file.seek(0)
+        prefix = file.read(index_format.PREFIX)
+        version, ours = index_format.parse_version(prefix), index_format.VERSION
+        if version is None:
+            raise UserError(f"{self.path} is not a dedup index; {_REMEDY}")
+        if version != ours:
+            raise UserError(f"{self.path} is a dedup index of version {version}, not {ours}; {_REMEDY}")
+        return prefix, index_format.parse_commit(prefix, os.fstat(file.fileno()).st_size)
+
+    @contextmanager
+    def writing(self) -> Iterator[Callable[[Columns], None]]:
+        """Keeps other writers out, brings the segments up to date, and yields what appends rows, all or none of them.
+
+        Raises:
+            UserError: the file can't be written, another process is writing for longer than LOCK_SECONDS, or it is
+                damaged; nothing is appended.
+        """
+        while True:
+            with self._locked() as file:
+                self.refresh()
+                if len(self.segments) < MOST_SEGMENTS or len(self) > _MOST_ROWS:
+                    yield lambda columns: self._append(file, columns)
+                    return
+                self._merge()  # into another file, which is yet to be locked
+
+    @contextmanager
+    def _locked(self) -> Iterator[FileIO]:
+        deadline = time.monotonic() + LOCK_SECONDS
+        while True:
+            with self._explained("written"):
+                file = self._open()
+            with file, _lock(file) as ours:
+                if ours and self._in_place(file):
+                    yield file
+                    return
+            if time.monotonic() > deadline:
+                raise UserError(f"{self.path}: another process is writing to the index; add the same texts again later")
+            time.sleep(0.02)
+
+    def _open(self) -> FileIO:
+        try:
+            return self.path.open("r+b", buffering=0)
+        except FileNotFoundError:
+            if self._commit is not None:
+                raise UserError(f"{self.path} is gone: open the index anew to begin an empty one") from None
+        # A whole file takes the name, and only if nobody else's has.
+        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+        try:
+            with temporary.open("wb") as file:
+                file.write(index_format.new_file(self._settings)[0])
+                _put_on_disk(file)
+            with suppress(FileExistsError):
+                os.link(temporary, self.path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return self.path.open("r+b", buffering=0)
+
+    def _in_place(self, file: FileIO) -> bool:
+        """Whether the path still leads to this file: another writer may have put a merged one in its place."""
+        try:
+            return os.path.samestat(os.fstat(file.fileno()), self.path.stat())
+        except FileNotFoundError:
+            return False
+
+    def _append(self, file: FileIO, columns: Columns) -> None:
+        before = self._commit
+        if before is None or self._read_commit(file)[1] != before:  # nothing but the lock prevents it
+            raise UserError(f"{self.path} was written to by another process meanwhile: add the same texts again")
+        with self._explained("written"):
+            try:
+                segment, commit = index_format.write_segment(file, before, columns)
+                _put_on_disk(file)
+            except BaseException:
+                with suppress(OSError):  # what stays behind the committed end does no harm, but takes room
+                    file.truncate(before.end)
+                raise
+            index_format.write_commit(file, commit)
+            _put_on_disk(file)
+        self.segments = [*self.segments, segment]
+        self._commit = commit
+
+    def _merge(self) -> None:
+        """Writes all segments anew as one."""
+        with (
+            self._explained("written"),
+            atomic_path(self.path) as temporary,
+            temporary.open("w+b", buffering=0) as file,
+        ):
+            content, empty = index_format.new_file(self._settings)
+            file.write(content)
+            _, commit = index_format.write_segment(file, empty, _all_columns(self.segments))
+            index_format.write_commit(file, commit)
+
+    @contextmanager
+    def _explained(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            folder = self.path.parent
+            raise UserError(
+                f"{self.path}: the index can't be {what} ({_reason(error)}); "
+                f"see that it and the folder {folder} exist, may be written to and have room"
+            ) from error
+
+
+def _all_columns(segments: list[Segment]) -> Columns:
+    def pieces(name: str) -> Iterator[np.ndarray]:
+        return (getattr(segment, name) for segment in segments)
+
+    def texts() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for segment in segments:
+            for begin, end in pairwise([*range(0, len(segment), _ROWS_PER_PIECE), len(segment)]):
+                offsets = segment.offsets[begin : end + 1]
+                yield offsets, segment.text_bytes[offsets[0] : offsets[-1]]
+
+    rows = sum(len(segment) for segment in segments)
+    return Columns(rows, pieces("ids"), pieces("fingerprints"), pieces("states"), texts())
+
+
+@contextmanager
+def _lock(file: FileIO) -> Iterator[bool]:
+    """Whether the file is ours to write meanwhile."""
+    if fcntl is None:
+        yield True
+        return
     try:
-        with pa.memory_map(str(path)) as file:
-            content = file.read_buffer()
-    except OSError as error:
-        raise UserError(f"{path}: the index can't be opened ({error.strerror or error}); {_REMEDY}") from error
-    if content.size < _HEAD.size or content.slice(0, len(_MAGIC)).to_pybytes() != _MAGIC:
-        raise UserError(f"{path} is not a dedup index; {_REMEDY}")
-    _, version, length, checksum = _HEAD.unpack_from(content)
-    if version != _VERSION:
-        raise UserError(f"{path} is a dedup index of version {version}, not {_VERSION}; {_REMEDY}")
-    body = content.slice(_HEAD.size)
-    if length > body.size or _checksum(length, body) != checksum:
-        raise UserError(f"{path}: the index is damaged, its checksum does not fit; {_REMEDY}")
-    stored = json.loads(body.slice(0, length).to_pybytes())
-    if stored != settings:
-        odd = ", ".join(f"{key}={value}" for key, value in stored.items() if settings.get(key) != value)
-        raise UserError(f"{path} was made with {odd}: open it with the same, or give another path")
-    return pa.ipc.open_file(pa.BufferReader(body.slice(length))).read_all()
-
-
-def read_stamp(path: Path) -> bytes | None:
-    """The head of the file, whose checksum tells one content from another; None where there is no file.
-
-    Raises UserError where it can't be read.
-    """
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        yield False
+        return
     try:
-        with path.open("rb") as file:
-            return file.read(_HEAD.size)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise UserError(f"{path}: the index can't be opened ({error.strerror or error}); {_REMEDY}") from error
+        yield True
+    finally:  # closing would not do: what is mapped through the file holds the lock too
+        fcntl.flock(file, fcntl.LOCK_UN)
 
 
-def write_index(path: Path, rows: pa.Table, settings: dict[str, Any]) -> None:
-    """Writes rows of SCHEMA, all or nothing."""
-    header = json.dumps(settings).encode()
-    header += b" " * (-(_HEAD.size + len(header)) % 64)  # Arrow wants its buffers aligned
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, SCHEMA) as writer:
-        writer.write_table(rows)
-    payload = sink.getvalue()
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
-        file.write(_HEAD.pack(_MAGIC, _VERSION, len(header), _checksum(len(header), header, payload)))
-        file.write(header)
-        file.write(payload)
+def _put_on_disk(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
 
 
-def _checksum(length: int, *parts: Any) -> bytes:
-    digest = hashlib.blake2b(struct.pack("<II", _VERSION, length), digest_size=32)
-    for part in parts:
-        digest.update(part)
-    return digest.digest()
+def _reason(error: OSError) -> str:
+    return error.strerror or str(error)
