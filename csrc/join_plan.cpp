@@ -11,6 +11,7 @@ namespace {
 constexpr std::size_t kBucket = 24'576;  // the first, parallel partition aims at buckets that stay in a core's cache
 constexpr int kTopBits = 12;             // ... and makes at most 2^12
 constexpr int kMostBlocks = 24;          // more blocks never paid under the cost model
+constexpr double kPass = 2e4;            // nanoseconds to hand a first partition to the threads
 
 // Expected nanoseconds of a join of uniform values of `width` bits with m blocks.
 // There are C(k + t, t) ways to choose the first t equal blocks; each leaves a share of 2^(-t width / m) of the others.
@@ -18,7 +19,7 @@ double expected_cost(const Work& work, const Costs& costs, int width, int k, int
     const int block = m == 0 ? 0 : width / m;
     double ways = 1.0;
     double group = work.others;
-    double cost = 0.0;
+    double cost = m > k ? kPass * (k + 1) : 0.0;
     for (int depth = 1; depth <= m - k && group > static_cast<double>(costs.leaf); ++depth) {
         ways *= static_cast<double>(k + depth) / depth;
         const bool cut_twice = depth == 1 && block - top_bits(work.others, block) > (m > k + 1 ? kSpareBits : 0);
