@@ -16,17 +16,17 @@
 namespace slmfast {
 namespace {
 
-constexpr int kFanBits = 10;             // later partitions, in cache
-constexpr std::size_t kScratch = 262'144; // fingerprints in a thread's scratch
-constexpr std::size_t kPlain = 8;        // leaves in a group that is not worth a new plan
-constexpr std::size_t kFew = 8;          // so few against many are compared faster than the many are partitioned
+constexpr int kFanBits = 10;               // later partitions, in cache
+constexpr std::size_t kScratch = 262'144;  // most fingerprints in a thread's scratch
+constexpr std::size_t kPlain = 8;          // leaves in a group that is not worth a new plan
+constexpr std::size_t kFew = 8;            // so few against many are compared faster than the many are partitioned
 
 // Scratch for partitions of groups that fit in a core's cache: taken and given back like a stack.
 class Scratch {
 public:
-    Scratch() : fp_(kScratch), id_(kScratch) {}
+    explicit Scratch(std::size_t size) : size_(std::min(kScratch, size)), fp_(size_), id_(size_) {}
 
-    bool holds(std::size_t size) const { return size <= kScratch - used_; }
+    bool holds(std::size_t size) const { return size <= size_ - used_; }
 
     Group take(std::size_t size) {
         used_ += size;
@@ -37,6 +37,7 @@ public:
     void release(std::size_t mark) { used_ = mark; }
 
 private:
+    std::size_t size_;
     Buffer<std::uint64_t> fp_;
     Buffer<std::uint32_t> id_;
     std::size_t used_ = 0;
@@ -46,8 +47,9 @@ private:
 // joined with itself.
 class Walk {
 public:
-    Walk(unsigned thread, int k, bool cross, Isa isa, PairSink& sink, std::atomic<bool>& stopped)
-        : thread_(thread), k_(k), cross_(cross), costs_(costs_on(isa)), scan_(near_scan(isa)), sink_(sink), stopped_(stopped) {}
+    Walk(unsigned thread, std::size_t n, int k, bool cross, Isa isa, PairSink& sink, std::atomic<bool>& stopped)
+        : thread_(thread), k_(k), cross_(cross), costs_(costs_on(isa)), scan_(near_scan(isa)), sink_(sink),
+          stopped_(stopped), scratch_(4 * n) {}
 
     // Joins one top-level bucket: `consumed` key bits of plan.blocks[block] are equal in it.
     void bucket(const Group& left, const Group& right, const Plan& plan, std::size_t block, int consumed) {
@@ -228,7 +230,7 @@ bool join(const std::uint64_t* left, std::size_t n_left, const std::uint64_t* ri
     std::atomic<bool> stopped{false};
     std::vector<Walk> walks;
     walks.reserve(threads);
-    for (unsigned thread = 0; thread < threads; ++thread) walks.emplace_back(thread, k, cross, isa, sink, stopped);
+    for (unsigned thread = 0; thread < threads; ++thread) walks.emplace_back(thread, n_left + n_right, k, cross, isa, sink, stopped);
     Side a(left, n_left);
     Side b(right, n_right);
     const Work work = work_of(n_left, n_right, cross);
