@@ -98,13 +98,19 @@ private:
     }
 
     void compare_within(const Group& rows, std::uint64_t equal) {
-        if (!scan_.any_within(rows.fp, rows.size, k_)) return;
-        for (std::size_t i = 0; i < rows.size; ++i) report_hits(rows, i, rows.part(i + 1, rows.size), equal);
+        const auto next = [&](std::size_t at) { return scan_.first_within(rows.fp, rows.size, k_, at); };
+        for (std::size_t at = next(0); at < rows.size; at = next(at + scan_.batch))
+            for (std::size_t i = at; i < std::min(rows.size, at + scan_.batch); ++i)
+                report_hits(rows, i, rows.part(i + 1, rows.size), equal);
     }
 
     void compare_between(const Group& rows, const Group& others, std::uint64_t equal) {
-        if (others.size == 0 || !scan_.any_between(rows.fp, rows.size, others.fp, others.size, k_)) return;
-        for (std::size_t i = 0; i < rows.size; ++i) report_hits(rows, i, others, equal);
+        if (others.size == 0) return;
+        const auto next = [&](std::size_t at) {
+            return scan_.first_between(rows.fp, rows.size, others.fp, others.size, k_, at);
+        };
+        for (std::size_t at = next(0); at < rows.size; at = next(at + scan_.batch))
+            for (std::size_t i = at; i < std::min(rows.size, at + scan_.batch); ++i) report_hits(rows, i, others, equal);
     }
 
     void report_hits(const Group& rows, std::size_t i, const Group& others, std::uint64_t equal) {

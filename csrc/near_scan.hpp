@@ -1,7 +1,7 @@
 // The innermost loops of the join: whether any two of some fingerprints lie within distance k, and which.
 //
-// Hits are rare, so the fast question is "is there any": popcounts are folded into a running minimum, and only a group
-// with a hit is asked which they are.
+// Hits are rare, so the fast question is "is there any near these few rows": popcounts are folded into a running
+// minimum, and only rows with a hit are asked which they are.
 #pragma once
 
 #include <algorithm>
@@ -21,16 +21,19 @@ namespace slmfast {
 
 constexpr std::size_t kScanBlock = 1024;  // most fingerprints in one call of `which`, so that hits fit a fixed buffer
 
-// Whether two of n fingerprints, or one of n_a and one of n_b, lie within distance k.
-using AnyWithin = bool (*)(const std::uint64_t* fp, std::size_t n, int k);
-using AnyBetween = bool (*)(const std::uint64_t* a, std::size_t n_a, const std::uint64_t* b, std::size_t n_b, int k);
+// Rows are taken some at a time. From row `from` on, which starts such a batch: the first batch that has a row within k
+// of a later one of the n (of any of b), or the number of rows.
+using FirstWithin = std::size_t (*)(const std::uint64_t* fp, std::size_t n, int k, std::size_t from);
+using FirstBetween = std::size_t (*)(const std::uint64_t* a, std::size_t n_a, const std::uint64_t* b, std::size_t n_b,
+                                     int k, std::size_t from);
 // Writes the positions in `to` that lie within k of `from`, ascending, and returns how many. hits holds kScanBlock.
 using Which = std::size_t (*)(std::uint64_t from, const std::uint64_t* to, std::size_t n, int k, std::uint32_t* hits);
 
 struct NearScan {
-    AnyWithin any_within;
-    AnyBetween any_between;
+    FirstWithin first_within;
+    FirstBetween first_between;
     Which which;
+    std::size_t batch;
 };
 
 inline std::size_t which_scalar(std::uint64_t from, const std::uint64_t* to, std::size_t n, int k,
@@ -43,18 +46,18 @@ inline std::size_t which_scalar(std::uint64_t from, const std::uint64_t* to, std
     return count;
 }
 
-inline bool any_between_scalar(const std::uint64_t* a, std::size_t n_a, const std::uint64_t* b, std::size_t n_b,
-                               int k) {
-    for (std::size_t i = 0; i < n_a; ++i)
+inline std::size_t first_between_scalar(const std::uint64_t* a, std::size_t n_a, const std::uint64_t* b,
+                                        std::size_t n_b, int k, std::size_t from) {
+    for (; from < n_a; ++from)
         for (std::size_t j = 0; j < n_b; ++j)
-            if (__builtin_popcountll(a[i] ^ b[j]) <= k) return true;
-    return false;
+            if (__builtin_popcountll(a[from] ^ b[j]) <= k) return from;
+    return n_a;
 }
 
-inline bool any_within_scalar(const std::uint64_t* fp, std::size_t n, int k) {
-    for (std::size_t i = 0; i < n; ++i)
-        if (any_between_scalar(fp + i, 1, fp + i + 1, n - i - 1, k)) return true;
-    return false;
+inline std::size_t first_within_scalar(const std::uint64_t* fp, std::size_t n, int k, std::size_t from) {
+    for (; from < n; ++from)
+        if (first_between_scalar(fp + from, 1, fp + from + 1, n - from - 1, k, 0) == 0) return from;
+    return n;
 }
 
 #if defined(__x86_64__)
@@ -97,16 +100,17 @@ __attribute__((target("avx2,popcnt"))) inline std::size_t which_avx2(std::uint64
     return count;
 }
 
-__attribute__((target("avx2,popcnt"))) inline bool any_between_avx2(const std::uint64_t* a, std::size_t n_a,
-                                                                    const std::uint64_t* b, std::size_t n_b, int k) {
+__attribute__((target("avx2,popcnt"))) inline std::size_t first_between_avx2(const std::uint64_t* a, std::size_t n_a,
+                                                                             const std::uint64_t* b, std::size_t n_b,
+                                                                             int k, std::size_t from) {
     const __m256i beyond = _mm256_set1_epi64x(k + 1);
     const std::size_t whole = n_b / 4 * 4;
-    for (std::size_t i = 0; i < n_a; i += 4) {
-        const std::size_t last = n_a - 1;
-        const __m256i row0 = broadcast_avx2(a[i]);
-        const __m256i row1 = broadcast_avx2(a[std::min(i + 1, last)]);
-        const __m256i row2 = broadcast_avx2(a[std::min(i + 2, last)]);
-        const __m256i row3 = broadcast_avx2(a[std::min(i + 3, last)]);
+    for (; from < n_a; from += 4) {
+        const std::size_t rows = std::min<std::size_t>(4, n_a - from);
+        const __m256i row0 = broadcast_avx2(a[from]);
+        const __m256i row1 = broadcast_avx2(a[from + std::min<std::size_t>(1, rows - 1)]);
+        const __m256i row2 = broadcast_avx2(a[from + std::min<std::size_t>(2, rows - 1)]);
+        const __m256i row3 = broadcast_avx2(a[from + rows - 1]);
         __m256i least = beyond;
         for (std::size_t j = 0; j < whole; j += 4) {
             const __m256i there = load_avx2(b + j);
@@ -114,18 +118,20 @@ __attribute__((target("avx2,popcnt"))) inline bool any_between_avx2(const std::u
             const __m256i two = _mm256_min_epu16(distance_avx2(row2, there), distance_avx2(row3, there));
             least = _mm256_min_epu16(least, _mm256_min_epu16(one, two));
         }
-        if (_mm256_movemask_pd(_mm256_castsi256_pd(_mm256_cmpgt_epi64(beyond, least))) != 0) return true;
+        if (_mm256_movemask_pd(_mm256_castsi256_pd(_mm256_cmpgt_epi64(beyond, least))) != 0) return from;
+        if (first_between_scalar(a + from, rows, b + whole, n_b - whole, k, 0) < rows) return from;
     }
-    return whole < n_b && any_between_scalar(a, n_a, b + whole, n_b - whole, k);
+    return n_a;
 }
 
-__attribute__((target("avx2,popcnt"))) inline bool any_within_avx2(const std::uint64_t* fp, std::size_t n, int k) {
-    for (std::size_t i = 0; i < n; i += 4) {
-        const std::size_t end = std::min(n, i + 4);
-        if (any_within_scalar(fp + i, end - i, k)) return true;
-        if (end < n && any_between_avx2(fp + i, end - i, fp + end, n - end, k)) return true;
+__attribute__((target("avx2,popcnt"))) inline std::size_t first_within_avx2(const std::uint64_t* fp, std::size_t n,
+                                                                            int k, std::size_t from) {
+    for (; from < n; from += 4) {
+        const std::size_t end = std::min(n, from + 4);
+        if (first_within_scalar(fp + from, end - from, k, 0) < end - from) return from;
+        if (first_between_avx2(fp + from, end - from, fp + end, n - end, k, 0) == 0) return from;
     }
-    return false;
+    return n;
 }
 
 #define SLMFAST_AVX512 __attribute__((target("avx512f,avx512vpopcntdq,popcnt")))
@@ -166,42 +172,43 @@ SLMFAST_AVX512 inline __m512i least_avx512(const std::uint64_t* rows, const std:
     return _mm512_min_epu64(least0, least1);
 }
 
-SLMFAST_AVX512 inline bool any_between_avx512(const std::uint64_t* a, std::size_t n_a, const std::uint64_t* b,
-                                              std::size_t n_b, int k) {
+SLMFAST_AVX512 inline std::size_t first_between_avx512(const std::uint64_t* a, std::size_t n_a, const std::uint64_t* b,
+                                                       std::size_t n_b, int k, std::size_t from) {
     const __m512i limit = _mm512_set1_epi64(k);
-    for (std::size_t i = 0; i < n_a; i += 8) {
+    for (; from < n_a; from += 8) {
         std::uint64_t rows[8];
-        for (std::size_t r = 0; r < 8; ++r) rows[r] = a[std::min(i + r, n_a - 1)];
-        if (_mm512_cmple_epu64_mask(least_avx512(rows, b, n_b), limit) != 0) return true;
+        for (std::size_t r = 0; r < 8; ++r) rows[r] = a[std::min(from + r, n_a - 1)];
+        if (_mm512_cmple_epu64_mask(least_avx512(rows, b, n_b), limit) != 0) return from;
     }
-    return false;
+    return n_a;
 }
 
-SLMFAST_AVX512 inline bool any_within_avx512(const std::uint64_t* fp, std::size_t n, int k) {
+SLMFAST_AVX512 inline std::size_t first_within_avx512(const std::uint64_t* fp, std::size_t n, int k,
+                                                      std::size_t from) {
     const __m512i limit = _mm512_set1_epi64(k);
-    for (std::size_t i = 0; i < n; i += 8) {
-        const std::size_t rows = std::min<std::size_t>(8, n - i);
+    for (; from < n; from += 8) {
+        const std::size_t rows = std::min<std::size_t>(8, n - from);
         const auto valid = static_cast<__mmask8>((1u << rows) - 1);
-        const __m512i here = _mm512_maskz_loadu_epi64(valid, fp + i);
-        __m512i least = rows == 8 ? least_avx512(fp + i, fp + i + 8, n - i - 8) : _mm512_set1_epi64(64);
+        const __m512i here = _mm512_maskz_loadu_epi64(valid, fp + from);
+        __m512i least = rows == 8 ? least_avx512(fp + from, fp + from + 8, n - from - 8) : _mm512_set1_epi64(64);
         for (unsigned r = 0; r + 1 < rows; ++r) {  // each of the eight with those after it
             const auto later = static_cast<__mmask8>((0xFEu << r) & valid);
-            least = _mm512_mask_min_epu64(least, later, least, distance_avx512(fp[i + r], here));
+            least = _mm512_mask_min_epu64(least, later, least, distance_avx512(fp[from + r], here));
         }
-        if (_mm512_cmple_epu64_mask(least, limit) != 0) return true;
+        if (_mm512_cmple_epu64_mask(least, limit) != 0) return from;
     }
-    return false;
+    return n;
 }
 
 #endif
 
 inline NearScan near_scan(Isa isa) {
 #if defined(__x86_64__)
-    if (isa == Isa::avx512) return {any_within_avx512, any_between_avx512, which_avx512};
-    if (isa == Isa::avx2) return {any_within_avx2, any_between_avx2, which_avx2};
+    if (isa == Isa::avx512) return {first_within_avx512, first_between_avx512, which_avx512, 8};
+    if (isa == Isa::avx2) return {first_within_avx2, first_between_avx2, which_avx2, 4};
 #endif
     (void)isa;
-    return {any_within_scalar, any_between_scalar, which_scalar};
+    return {first_within_scalar, first_between_scalar, which_scalar, 1};
 }
 
 }  // namespace slmfast
