@@ -67,6 +67,8 @@ def dedup_files(inputs: Sequence[Path], column: str, output: Path, **settings: A
         folder.mkdir()
         spool = folder / "texts.arrow"
         schema, starts = _write_texts(files, column, spool)
+        if column not in schema.names:
+            raise UserError(f"{files[0].path} holds no rows: give files with a column {column}")
         with pa.memory_map(str(spool)) as mapped, warnings.catch_warnings():
             warnings.simplefilter("ignore", LargeClusterWarning)  # the caller tells it
             result = dedup(pa.ipc.open_file(mapped).read_all().column("text"), **settings)

@@ -23,9 +23,10 @@ from slmfast.readers.json_stream import MAX_VALUE_BYTES
 from slmfast.store import ROWS_PER_GROUP
 from slmfast.table_schema import conform, plain_schema
 
-BATCH_BYTES = 8 << 20  # of rows held at once, as far as a file tells how large they are
-CSV_BLOCK_BYTES = 8 << 20
+BATCH_BYTES = 2 << 20  # of rows held at once, as far as a file tells how large they are
 _READ_BYTES = 1 << 20
+_CSV_BLOCKS = (1 << 20, 8 << 20, 64 << 20)  # bytes; a row fits in one block
+_STRADDLES = "straddling object straddles"  # what Arrow says where it does not
 _TEXTS = (pa.string(), pa.large_string(), pa.null())
 
 
@@ -82,30 +83,75 @@ class CsvTable:
     def texts(self, column: str) -> Iterator[tuple[pa.Schema, pa.Array]]:
         """See TableFile."""
         with _legible(self.path, "CSV"):
-            schema = plain_schema(pa.schema([(name, pa.string()) for name in self._open().schema.names]), self.path)
+            names = self._header()
+            schema = plain_schema(pa.schema([(name, pa.string()) for name in names]), self.path)
             _text_type(self.path, schema, column)
-            _check_quotes(self.path)
+            self._check_quotes()
             yield schema, pa.array([], pa.string())  # a header alone is a table too
-            for batch in self._open(schema, [column]):
+            for batch in self._batches(names, [column]):
                 yield schema, batch.column(column)
 
     def rows(self, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
         """See TableFile."""
         with _legible(self.path, "CSV"):
-            for batch in self._open(pa.schema([(name, pa.string()) for name in schema.names])):
+            for batch in self._batches(schema.names, None):
                 yield conform(batch, schema, self.path)
 
-    def _open(
-        self, schema: pa.Schema | None = None, columns: list[str] | None = None
-    ) -> pyarrow.csv.CSVStreamingReader:
+    def _header(self) -> list[str]:
+        with self._lines() as lines:
+            names = next(csv.reader(lines), [])
+        if not names:
+            raise UserError(f"{self.path} is empty, or its first line is: give a CSV file with a header")
+        return names
+
+    def _batches(self, names: list[str], columns: list[str] | None) -> Iterator[pa.RecordBatch]:
+        """Streams by small blocks, of which Arrow reads many ahead, and by larger ones where a row doesn't fit."""
+        done = 0
+        for size in _CSV_BLOCKS:
+            seen = 0
+            try:
+                for batch in self._open(names, columns, size):
+                    new = batch.slice(max(0, done - seen))
+                    seen += len(batch)
+                    done = max(done, seen)
+                    yield new
+                return
+            except pa.ArrowInvalid as error:
+                if _STRADDLES not in str(error) or size == _CSV_BLOCKS[-1]:
+                    raise
+
+    def _open(self, names: list[str], columns: list[str] | None, size: int) -> pyarrow.csv.CSVStreamingReader:
         return pyarrow.csv.open_csv(
             self.path,
-            read_options=pyarrow.csv.ReadOptions(
-                use_threads=False, block_size=CSV_BLOCK_BYTES
-            ),  # threads lose row numbers
+            read_options=pyarrow.csv.ReadOptions(use_threads=False, block_size=size),  # threads lose row numbers
             parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
-            convert_options=pyarrow.csv.ConvertOptions(column_types=schema, include_columns=columns),
+            convert_options=pyarrow.csv.ConvertOptions(
+                column_types=dict.fromkeys(names, pa.string()), include_columns=columns
+            ),
         )
+
+    @contextmanager
+    def _lines(self) -> Iterator[io.TextIOWrapper]:
+        csv.field_size_limit(MAX_VALUE_BYTES)
+        with pa.input_stream(str(self.path)) as stream:
+            yield io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
+
+    def _check_quotes(self) -> None:
+        """Refuses a file whose last quote is never closed: Arrow takes all that follows it for one value."""
+        with pa.input_stream(str(self.path)) as stream:
+            quotes = 0
+            while piece := stream.read(_READ_BYTES):
+                quotes += piece.count(b'"')
+        if quotes % 2 == 0:
+            return
+        with self._lines() as lines:
+            reader = csv.reader(lines, strict=True)
+            line = 0
+            try:
+                for _ in reader:
+                    line = reader.line_num
+            except csv.Error as error:
+                raise UserError(f"{self.path}, line {line + 1}: broken CSV ({error}): close the quote") from error
 
 
 _KINDS: dict[str, type[ParquetTable] | type[CsvTable] | type[JsonTable]] = {
@@ -164,8 +210,8 @@ def _legible(path: Path, kind: str) -> Iterator[None]:
         yield
     except (pa.ArrowException, OSError) as error:
         reason = " ".join(str(error).split()).removeprefix("CSV parse error: ")[:300]
-        if "straddl" in reason:
-            reason = f"a row of more than {CSV_BLOCK_BYTES >> 20} MiB, or a quote that is never closed"
+        if _STRADDLES in reason:
+            reason = f"a row of more than {_CSV_BLOCKS[-1] >> 20} MiB, or a quote that is not closed"
         raise UserError(f"{path} is not readable as {kind}: {reason}: mend the file or leave it out") from error
 
 
@@ -183,24 +229,3 @@ def _batch_rows(file: pq.ParquetFile) -> int:
     groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
     widest = max((group.total_byte_size / group.num_rows for group in groups if group.num_rows), default=1)
     return int(min(ROWS_PER_GROUP, max(16, BATCH_BYTES / max(widest, 1))))
-
-
-def _check_quotes(path: Path) -> None:
-    """Refuses a CSV file whose last quote is never closed: Arrow takes all that follows it for one value."""
-    with pa.input_stream(str(path)) as stream:
-        quotes = 0
-        while piece := stream.read(_READ_BYTES):
-            quotes += piece.count(b'"')
-    if quotes % 2 == 0:
-        return
-    with pa.input_stream(str(path)) as stream:
-        csv.field_size_limit(MAX_VALUE_BYTES)
-        reader = csv.reader(
-            io.TextIOWrapper(stream, errors="surrogateescape", newline="", encoding="utf-8"), strict=True
-        )
-        line = 0
-        try:
-            for _ in reader:
-                line = reader.line_num
-        except csv.Error as error:
-            raise UserError(f"{path}, line {line + 1}: broken CSV ({error}): close the quote") from error
