@@ -1,4 +1,4 @@
-"""`slmfast dedup` on tables in files, run in processes of their own: memory that stays small, and a run that is killed."""
+"""`slmfast dedup` on files in processes of its own: memory that stays small, and a run that is killed."""
 
 import random
 import signal
