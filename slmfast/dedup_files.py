@@ -58,10 +58,7 @@ def dedup_files(inputs: Sequence[Path], column: str, output: Path, **settings: A
     output = output.absolute()
     if output.is_file() or (output.exists() and any(output.iterdir())):
         raise UserError(f"{output} is a file or holds files: give a new folder with -o")
-    try:
-        dedup([], **settings)  # refuses settings out of range before any file is read
-    except (TypeError, ValueError) as error:
-        raise UserError(f"dedup: {error}") from error
+    _dedup([], settings)  # refuses settings out of range before any file is read
     files = open_tables(inputs)
     with atomic_path(output) as folder, _gone_if_failed(folder):
         folder.mkdir()
@@ -69,9 +66,7 @@ def dedup_files(inputs: Sequence[Path], column: str, output: Path, **settings: A
         schema, starts = _write_texts(files, column, spool)
         if column not in schema.names:
             raise UserError(f"{files[0].path} holds no rows: give files with a column {column}")
-        with pa.memory_map(str(spool)) as mapped, warnings.catch_warnings():
-            warnings.simplefilter("ignore", LargeClusterWarning)  # the caller tells it
-            result = dedup(pa.ipc.open_file(mapped).read_all().column("text"), **settings)
+        result = _find(spool, settings)
         spool.unlink()
         rows = _Rows(files, starts, result)
         rows.write_kept(schema, folder / "kept")
@@ -117,6 +112,20 @@ def _check_unicode(path: Path, column: str, texts: pa.Array, first: int) -> None
             except UnicodeDecodeError:
                 raise UserError(f"{path}, row {first + row}, column {column}: not UTF-8: mend or drop it") from error
         raise UserError(f"{path}, column {column}: {error}: write the file again") from error
+
+
+def _find(spool: Path, settings: dict[str, Any]) -> DedupResult:
+    with pa.memory_map(str(spool)) as mapped:
+        return _dedup(pa.ipc.open_file(mapped).read_all().column("text"), settings)
+
+
+def _dedup(texts: Any, settings: dict[str, Any]) -> DedupResult:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", LargeClusterWarning)  # the caller tells it, by file and row
+            return dedup(texts, **settings)
+    except (TypeError, ValueError) as error:  # a setting out of range, or too many rows
+        raise UserError(f"dedup: {error}") from error
 
 
 class _Rows:

@@ -86,7 +86,6 @@ class CsvTable:
             names = self._header()
             schema = plain_schema(pa.schema([(name, pa.string()) for name in names]), self.path)
             _text_type(self.path, schema, column)
-            self._check_quotes()
             yield schema, pa.array([], pa.string())  # a header alone is a table too
             for batch in self._batches(names, [column]):
                 yield schema, batch.column(column)
@@ -109,26 +108,21 @@ class CsvTable:
         done = 0
         for size in _CSV_BLOCKS:
             seen = 0
-            try:
-                for batch in self._open(names, columns, size):
-                    new = batch.slice(max(0, done - seen))
-                    seen += len(batch)
-                    done = max(done, seen)
-                    yield new
-                return
-            except pa.ArrowInvalid as error:
-                if _STRADDLES not in str(error) or size == _CSV_BLOCKS[-1]:
-                    raise
-
-    def _open(self, names: list[str], columns: list[str] | None, size: int) -> pyarrow.csv.CSVStreamingReader:
-        return pyarrow.csv.open_csv(
-            self.path,
-            read_options=pyarrow.csv.ReadOptions(use_threads=False, block_size=size),  # threads lose row numbers
-            parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
-            convert_options=pyarrow.csv.ConvertOptions(
-                column_types=dict.fromkeys(names, pa.string()), include_columns=columns
-            ),
-        )
+            with pa.input_stream(str(self.path)) as stream:
+                source = _WholeLineEnds(stream)
+                try:
+                    for batch in _open_csv(source, names, columns, size):
+                        new = batch.slice(max(0, done - seen))
+                        seen += len(batch)
+                        done = max(done, seen)
+                        yield new
+                except pa.ArrowInvalid as error:
+                    if _STRADDLES not in str(error) or size == _CSV_BLOCKS[-1]:
+                        raise
+                else:
+                    if source.quotes % 2:
+                        self._refuse_open_quote()
+                    return
 
     @contextmanager
     def _lines(self) -> Iterator[io.TextIOWrapper]:
@@ -136,14 +130,8 @@ class CsvTable:
         with pa.input_stream(str(self.path)) as stream:
             yield io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
 
-    def _check_quotes(self) -> None:
+    def _refuse_open_quote(self) -> None:
         """Refuses a file whose last quote is never closed: Arrow takes all that follows it for one value."""
-        with pa.input_stream(str(self.path)) as stream:
-            quotes = 0
-            while piece := stream.read(_READ_BYTES):
-                quotes += piece.count(b'"')
-        if quotes % 2 == 0:
-            return
         with self._lines() as lines:
             reader = csv.reader(lines, strict=True)
             line = 0
@@ -152,6 +140,44 @@ class CsvTable:
                     line = reader.line_num
             except csv.Error as error:
                 raise UserError(f"{self.path}, line {line + 1}: broken CSV ({error}): close the quote") from error
+
+
+class _WholeLineEnds:
+    """A stream for Arrow that counts the quotes, and of which no piece ends between CR and LF.
+
+    There Arrow would drop the LF, even from a value in quotes.
+    """
+
+    closed = False
+
+    def __init__(self, stream: pa.NativeFile) -> None:
+        self.quotes = 0
+        self._stream = stream
+        self._held = b""
+
+    def read(self, size: int) -> bytes:
+        """At most `size` bytes, more than 1; none at the end."""
+        data = self._held + self._stream.read(size - len(self._held))
+        self._held = b"\r" if len(data) > 1 and data.endswith(b"\r") else b""
+        data = data[: len(data) - len(self._held)]
+        self.quotes += data.count(b'"')
+        return data
+
+    def close(self) -> None:
+        """Leaves the stream to its owner."""
+
+
+def _open_csv(
+    source: _WholeLineEnds, names: list[str], columns: list[str] | None, size: int
+) -> pyarrow.csv.CSVStreamingReader:
+    return pyarrow.csv.open_csv(
+        source,
+        read_options=pyarrow.csv.ReadOptions(use_threads=False, block_size=size),  # threads lose row numbers
+        parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
+        convert_options=pyarrow.csv.ConvertOptions(
+            column_types=dict.fromkeys(names, pa.string()), include_columns=columns
+        ),
+    )
 
 
 _KINDS: dict[str, type[ParquetTable] | type[CsvTable] | type[JsonTable]] = {

@@ -1,5 +1,6 @@
 """`slmfast dedup` on tables in files: what stays and what goes, whose values survive, and what is refused."""
 
+import csv
 import gzip
 import json
 import os
@@ -12,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from slmfast import dedup, json_tables, table_files
+from slmfast import dedup, json_tables, store, table_files
 from slmfast.cli import main
 from slmfast.dedup_files import dedup_files
 from slmfast.errors import UserError
@@ -139,6 +140,21 @@ def test_csv_values_survive(tmp_path):
     ]
 
 
+def test_csv_rows_are_those_of_pythons_own_reader(tmp_path, monkeypatch):
+    monkeypatch.setattr(table_files, "_CSV_BLOCKS", (60, 50_000))
+    rng = random.Random(12)
+    alphabet = ["a", "b", "0", " ", ",", '"', "\n", "\r\n", "好", "NULL", "'", "\t"]
+    for number in range(20):
+        names = ["id", "te,xt", 'say "hi"']
+        rows = [["".join(rng.choices(alphabet, k=rng.randrange(9))) for _ in names] for _ in range(40)]
+        rows = [[str(i), text + rng.randbytes(8).hex(), other] for i, (_, text, other) in enumerate(rows)]
+        path = tmp_path / f"{number}.csv"
+        with path.open("w", newline="") as file:
+            csv.writer(file, quoting=rng.choice([csv.QUOTE_MINIMAL, csv.QUOTE_ALL])).writerows([names, *rows])
+        dedup_files([path], "te,xt", tmp_path / f"out{number}", verify=1.0)
+        assert [list(row.values()) for row in kept(tmp_path / f"out{number}")] == rows
+
+
 def test_rows_larger_than_a_block(tmp_path, monkeypatch):
     monkeypatch.setattr(table_files, "_CSV_BLOCKS", (200, 5000, 50_000))
     monkeypatch.setattr(json_tables, "BLOCK_BYTES", 200)
@@ -212,6 +228,27 @@ def test_parquet_types_are_brought_together_without_loss(tmp_path):
         {"text": "b", "n": 2, "x": None},
         {"text": "c", "n": 2**40, "x": [1.5]},
     ]
+
+
+def test_parquet_columns_of_every_kind_are_written_in_small_shards(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "BYTES_PER_SHARD", 100_000)
+    rng = random.Random(1)
+    data = [rng.randbytes(1000) for _ in range(1000)]
+    texts = pa.array([blob[:30].hex() for blob in data])
+    table = pa.table(
+        {
+            "a.b": texts,
+            "blob": data,
+            "view": texts.cast(pa.string_view()),
+            "lists": pa.array([[1.5, None], [], None, [2.5]] * 250, pa.large_list(pa.float32())),
+            "when": pa.array(range(1000), pa.timestamp("us", "UTC")),
+            "price": pa.array([None, 5] * 500, pa.int64()).cast(pa.decimal128(22, 2)),
+        }
+    )
+    pq.write_table(table, tmp_path / "t.parquet", row_group_size=300)
+    dedup_files([tmp_path / "t.parquet"], "a.b", tmp_path / "out", verify=1.0)
+    assert kept(tmp_path / "out") == table.to_pylist()
+    assert len(list((tmp_path / "out" / "kept").iterdir())) > 5
 
 
 BROKEN_FILES = {
