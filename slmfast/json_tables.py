@@ -102,9 +102,12 @@ class JsonTable:
     def _blocks(self) -> Iterator[_Block]:
         try:
             with pa.input_stream(str(self.path)) as stream:
-                head = stream.read(BLOCK_BYTES).removeprefix(_BOM)
+                head = stream.read(BLOCK_BYTES)
             with pa.input_stream(str(self.path)) as stream:
-                blocks = _elements(stream) if head.lstrip().startswith(b"[") else self._lines(stream)
+                if head.startswith(_BOM):
+                    stream.read(len(_BOM))
+                array = head.removeprefix(_BOM).lstrip().startswith(b"[")
+                blocks = _elements(stream) if array else self._lines(stream)
                 yield from (block for block in blocks if not block.data.isspace())
         except (OSError, pa.ArrowException) as error:
             raise UserError(f"{self.path} can't be read: {' '.join(str(error).split())}: give a whole file") from error
@@ -112,7 +115,7 @@ class JsonTable:
             raise UserError(f"{self.path}: {error}: mend it, or write one object a line") from error
 
     def _lines(self, stream: Any) -> Iterator[_Block]:
-        rest, number = stream.read(len(_BOM)).removeprefix(_BOM), 1
+        rest, number = b"", 1
         while piece := stream.read(BLOCK_BYTES):
             cut = piece.rfind(b"\n") + 1
             if cut:

@@ -59,6 +59,7 @@ class ParquetTable:
         with _legible(self.path, "Parquet"), self._open() as file:
             schema = plain_schema(file.schema_arrow, self.path)
             kind = _text_type(self.path, schema, column)
+            yield schema, pa.array([], kind)  # a table without rows is a table too
             for batch in file.iter_batches(batch_size=_batch_rows(file), columns=[column]):
                 yield schema, batch.column(column).cast(kind)
 
@@ -86,7 +87,7 @@ class CsvTable:
             names = self._header()
             schema = plain_schema(pa.schema([(name, pa.string()) for name in names]), self.path)
             _text_type(self.path, schema, column)
-            yield schema, pa.array([], pa.string())  # a header alone is a table too
+            yield schema, pa.array([], pa.string())  # as is a header alone
             for batch in self._batches(names, [column]):
                 yield schema, batch.column(column)
 
@@ -101,6 +102,8 @@ class CsvTable:
             names = next(csv.reader(lines), [])
         if not names:
             raise UserError(f"{self.path} is empty, or its first line is: give a CSV file with a header")
+        if any("\ud800" <= letter <= "\udfff" for letter in "".join(names)):
+            raise UserError(f"{self.path} has a header that is not UTF-8: convert the file")
         return names
 
     def _batches(self, names: list[str], columns: list[str] | None) -> Iterator[pa.RecordBatch]:
@@ -234,7 +237,7 @@ def _legible(path: Path, kind: str) -> Iterator[None]:
     """Turns what Arrow says of a damaged file into one line that names it."""
     try:
         yield
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, csv.Error) as error:
         reason = " ".join(str(error).split()).removeprefix("CSV parse error: ")[:300]
         if _STRADDLES in reason:
             reason = f"a row of more than {_CSV_BLOCKS[-1] >> 20} MiB, or a quote that is not closed"

@@ -211,6 +211,27 @@ def test_json_values_survive_whatever_the_blocks_hold(name, tmp_path, monkeypatc
         assert all(got[name] is None for name in got.keys() - row.keys())
 
 
+@pytest.mark.parametrize("data", ['{"text": "好"}\r\n\r\n{"text": "b"}', ' [{"text": "好"},\n{"text": "b"}]\n'])
+def test_json_with_a_byte_order_mark_and_without(data, tmp_path):
+    for number, encoding in enumerate(("utf-8", "utf-8-sig")):
+        (tmp_path / "t.json").write_text(data, encoding=encoding, newline="")
+        dedup_files([tmp_path / "t.json"], "text", tmp_path / f"out{number}")
+        assert kept(tmp_path / f"out{number}") == [{"text": "好"}, {"text": "b"}]
+
+
+def test_files_without_rows_count_nothing(tmp_path):
+    for name, data in (("a.csv", b"text\n"), ("c.jsonl", b"\n")):
+        (tmp_path / name).write_bytes(data)
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "b.parquet")
+    dedup_files([tmp_path], "text", tmp_path / "none")
+    assert kept(tmp_path / "none") == pq.read_table(tmp_path / "none" / "dropped.parquet").to_pylist() == []
+    (tmp_path / "d.jsonl").write_text('{"text": "one"}\n{"text": "one"}\n')
+    dedup_files([tmp_path], "text", tmp_path / "one")
+    assert kept(tmp_path / "one") == [{"text": "one"}]
+    dropped = pq.read_table(tmp_path / "one" / "dropped.parquet").to_pylist()
+    assert [(row["file"], row["file_row"], row["row"]) for row in dropped] == [(str(tmp_path / "d.jsonl"), 1, 1)]
+
+
 def test_parquet_types_are_brought_together_without_loss(tmp_path):
     one = pa.table({"text": pa.array(["a", "b"]), "n": pa.array([1, 2], pa.int32()), "x": pa.nulls(2)})
     two = pa.table(
@@ -281,6 +302,8 @@ BROKEN_FILES = {
     "cells.csv": (b"id,text\n1,a\n2,b,c\n", "Row #3: Expected 2 columns, got 3"),
     "quote.csv": (b'id,text\n1,"a\nb"\n2,"open\n3,c\n', "line 4: broken CSV"),
     "latin.csv": (b"id,text\n1,\xe9\n", "Row #2: CSV conversion error to string: invalid UTF8"),
+    "wide.csv": ("text\na\n".encode("utf-16"), "has a header that is not UTF-8"),
+    "wide.jsonl": ('{"text": "a"}'.encode("utf-16"), "line 1: not UTF-8"),
     "twice.csv": (b"text,id,text\na,1,b\n", "has two columns named 'text'"),
     "empty.csv": (b"", "is empty"),
     "lacks.csv": (b"id\n1\n", "has no column text: --column takes one of id"),
