@@ -56,11 +56,16 @@ class DedupResult:
     @functools.cached_property
     def largest_cluster(self) -> Cluster:
         """The first of the rows that stand for the most rows; Cluster(-1, 0) where there are no rows."""
-        rows, copies = np.unique(self.duplicate_of[~self.keep], return_counts=True)
-        if len(rows):
-            most = int(copies.argmax())
-            return Cluster(int(rows[most]), int(copies[most]) + 1)
-        return Cluster(int(self.duplicate_of[0]), 1) if len(self.keep) else Cluster(-1, 0)
+        stand_ins = self.duplicate_of[~self.keep]
+        if not len(stand_ins):
+            return Cluster(int(self.duplicate_of[0]), 1) if len(self.keep) else Cluster(-1, 0)
+        if 0 <= stand_ins.min() and stand_ins.max() < len(self.keep):
+            copies = np.bincount(stand_ins)  # needs no sorting
+            rows = None
+        else:  # the ids of an index may be any integers
+            rows, copies = np.unique(stand_ins, return_counts=True)
+        most = int(copies.argmax())
+        return Cluster(most if rows is None else int(rows[most]), int(copies[most]) + 1)
 
     def alarm(self, row_name: str | None = None) -> str | None:
         """One line for the user where a cluster takes more than 1 % of the rows, and more than 10; else None.

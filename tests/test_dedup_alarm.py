@@ -36,6 +36,12 @@ def test_the_alarm_is_over_ten_rows_and_one_percent(alike, others, loud):
     assert (result.alarm() is not None) == loud
 
 
+def test_clusters_of_an_index_are_named_by_its_ids():
+    ids = np.array([-5, 10**15, 7, -5, 10**15, 10**15])
+    result = DedupResult(np.array([1, 1, 1, 0, 0, 0], bool), ids, np.zeros(6, np.uint8))
+    assert result.largest_cluster == (10**15, 3)
+
+
 def test_small_tables_do_not_shout():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
