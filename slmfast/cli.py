@@ -81,13 +81,7 @@ def _add_data_stages(commands: argparse._SubParsersAction) -> None:
     collect.add_argument("input", nargs="+", help="files or globs of one format")
     collect.add_argument("--format", required=True, help="belle, coig, camel, dolly, alpaca, ...")
     collect.add_argument("--name", default="source", help="what the source is called in the records")
-    dedup = commands.add_parser("dedup", help="drop near-duplicates from records or from a table's column")
-    dedup.add_argument("input", type=Path, help="a folder of records, or a Parquet, JSON lines or CSV file")
-    dedup.add_argument("--column", help="the text column of a file that does not hold records")
-    dedup.add_argument("--k", type=int, help="largest Hamming distance (default 3)")
-    dedup.add_argument("--verify", type=float, help="least Jaccard similarity (default 0.8)")
-    dedup.add_argument("--no-verify", action="store_true", help="plain SimHash, as the paper has it")
-    dedup.add_argument("--mode", choices=["representative", "components"], help="default: representative")
+    _add_dedup(commands)
     for name, help_text in (
         ("categorize", "rule categories for records"),
         ("classify", "labels from a language model"),
@@ -104,6 +98,35 @@ def _add_data_stages(commands: argparse._SubParsersAction) -> None:
         stage.add_argument("-o", "--output", type=Path, required=True, help="the folder to write")
         stage.add_argument("--recipe", type=Path, help="take settings and models from this recipe")
         stage.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe key")
+
+
+def _add_dedup(commands: argparse._SubParsersAction) -> None:
+    dedup = commands.add_parser(
+        "dedup",
+        help="drop near-duplicates from records or from a table's column",
+        description="Drops near-duplicates from a folder of records or, with --column, from tables of any size in "
+        "Parquet, CSV and JSON files. The rows that stay go to OUTPUT/kept/part-*.parquet, in order; where each of the "
+        "others was, and the row that stands for it, to OUTPUT/dropped.parquet.",
+    )
+    dedup.add_argument(
+        "input",
+        nargs="+",
+        type=Path,
+        help="a folder of records; or, with --column, files (.parquet, .csv, .jsonl, .json, the last three also in .gz "
+        "or .zst), folders of them and quoted globs. Their order is the order of priority: a row of an earlier input "
+        "stands for its copies in later ones",
+    )
+    dedup.add_argument("--column", help="the column of texts, for files that do not hold records")
+    dedup.add_argument("--k", type=int, help="largest Hamming distance, 0 to 8 (default 3)")
+    dedup.add_argument("--verify", type=float, help="least Jaccard similarity of the n-grams, 0 to 1 (default 0.8)")
+    dedup.add_argument("--no-verify", action="store_true", help="plain SimHash, as the paper has it")
+    dedup.add_argument(
+        "--mode",
+        choices=["representative", "components"],
+        help="whether a row goes for one that it resembles itself (the default), or for any that a chain leads to",
+    )
+    dedup.add_argument("--ngram", type=int, help="characters in a gram, 1 to 9 (default 3)")
+    dedup.add_argument("--threads", type=int, help="threads (default: all cores); the result is the same with any")
 
 
 def _add_model_stages(commands: argparse._SubParsersAction) -> None:

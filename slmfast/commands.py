@@ -80,23 +80,33 @@ def data_stage(arguments: Namespace) -> None:
 
 
 def dedup(arguments: Namespace) -> None:
-    """Drops near-duplicates, from records or from one column of any table."""
-    given = {"k": arguments.k, "verify": arguments.verify, "mode": arguments.mode}
+    """Drops near-duplicates, from records or from one column of any tables."""
+    recipe = _dedup_recipe(arguments)
+    if arguments.column is None:
+        if len(arguments.input) > 1 or arguments.input[0].is_file():
+            raise UserError(f"{arguments.input[-1]}: files need --column, the name of their column of texts")
+        _run_alone(arguments, recipe, "dedup", _stage_input("dedup", arguments.input[0]))
+        return
+    from slmfast.dedup_files import dedup_files
+
+    settings = dataclasses.asdict(recipe.dedup) | {"threads": recipe.threads or 0}
+    kept, dropped, alarm = dedup_files(arguments.input, arguments.column, arguments.output, **settings)
+    if alarm is not None:
+        print(f"dedup: {alarm}")
+    print(f"{kept + dropped:,} rows in = {kept:,} kept + {dropped:,} dropped: {arguments.output}")
+
+
+def _dedup_recipe(arguments: Namespace) -> Recipe:
+    """The recipe given, or the defaults, with the command's own flags laid over it."""
+    if arguments.no_verify and arguments.verify is not None:
+        raise UserError("--verify and --no-verify exclude each other: give one of them")
+    given = {name: getattr(arguments, name) for name in ("k", "verify", "mode", "ngram")}
     values = {name: value for name, value in given.items() if value is not None}
     if arguments.no_verify:
         values["verify"] = None
     recipe = _settings(arguments)
-    settings = dataclasses.replace(recipe.dedup, **values)
-    if arguments.column is None:
-        _run_alone(
-            arguments, dataclasses.replace(recipe, dedup=settings), "dedup", _stage_input("dedup", arguments.input)
-        )
-        return
-    from slmfast.dedup_files import dedup_file
-
-    values = dataclasses.asdict(settings)
-    kept, dropped = dedup_file(arguments.input, arguments.column, arguments.output, **values)
-    print(f"{kept + dropped:,} rows in = {kept:,} kept + {dropped:,} dropped: {arguments.output}")
+    recipe = dataclasses.replace(recipe, dedup=dataclasses.replace(recipe.dedup, **values))
+    return recipe if arguments.threads is None else dataclasses.replace(recipe, threads=arguments.threads or None)
 
 
 def _settings(arguments: Namespace) -> Recipe:

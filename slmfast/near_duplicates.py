@@ -8,10 +8,12 @@ Source: SimHash for near-duplicates is Charikar (2002) and Manku, Jain and Das S
 latter's and the pipeline's paper's.
 """
 
+import functools
 import operator
+import warnings
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +22,19 @@ from slmfast import _native
 from slmfast.arrow_texts import native_texts, normalised_rows, text_column
 
 MODES = ("representative", "components")
+ALARM_ROWS = 10  # a cluster of more rows than this ...
+ALARM_SHARE = 0.01  # ... and of more than this share of all rows is told to the user
+
+
+class LargeClusterWarning(UserWarning):
+    """One row stands for so many others that they are hardly all copies of it."""
+
+
+class Cluster(NamedTuple):
+    """A kept row and how many rows it stands for, itself included."""
+
+    row: int
+    size: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +52,34 @@ class DedupResult:
     def n_kept(self) -> int:
         """How many rows stay."""
         return int(np.count_nonzero(self.keep))
+
+    @functools.cached_property
+    def largest_cluster(self) -> Cluster:
+        """The first of the rows that stand for the most rows; Cluster(-1, 0) where there are no rows."""
+        stand_ins = self.duplicate_of[~self.keep]
+        if not len(stand_ins):
+            return Cluster(int(self.duplicate_of[0]), 1) if len(self.keep) else Cluster(-1, 0)
+        if 0 <= stand_ins.min() and stand_ins.max() < len(self.keep):
+            copies = np.bincount(stand_ins)  # needs no sorting
+            rows = None
+        else:  # the ids of an index may be any integers
+            rows, copies = np.unique(stand_ins, return_counts=True)
+        most = int(copies.argmax())
+        return Cluster(most if rows is None else int(rows[most]), int(copies[most]) + 1)
+
+    def alarm(self, row_name: str | None = None) -> str | None:
+        """One line for the user where a cluster takes more than 1 % of the rows, and more than 10; else None.
+
+        `row_name` says what to call the row that stands for the others; unless given, it is called by its number.
+        """
+        row, size = self.largest_cluster
+        rows = len(self.keep)
+        if size <= max(ALARM_ROWS, ALARM_SHARE * rows):
+            return None
+        return (
+            f"{row_name or f'row {row}'} stands for {size:,} of {rows:,} rows ({size / rows:.1%}): look at some of "
+            "them; if they are no copies of one another, raise verify, lower k, or leave out what all texts share"
+        )
 
 
 def simhash(texts: Any, *, ngram: int = 3, threads: int = 0) -> np.ndarray:
@@ -111,6 +154,9 @@ def dedup(
     Raises:
         TypeError: texts is not a column of strings, or a setting is no number.
         ValueError: a row is not valid Unicode (the message names it), or a setting is out of range.
+
+    Warns:
+        LargeClusterWarning: one row stands for more than 1 % of all rows, and more than 10.
     """
     if mode not in MODES:
         raise ValueError(f"mode must be {' or '.join(MODES)}, not {mode!r}")
@@ -131,7 +177,10 @@ def dedup(
         ngram=ngram,
         threads=threads,
     )
-    return DedupResult(duplicate_of == np.arange(len(duplicate_of)), duplicate_of, distance)
+    result = DedupResult(duplicate_of == np.arange(len(duplicate_of)), duplicate_of, distance)
+    if (alarm := result.alarm()) is not None:
+        warnings.warn(alarm, LargeClusterWarning, stacklevel=2)
+    return result
 
 
 def __getattr__(name: str) -> Any:

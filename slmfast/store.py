@@ -159,10 +159,10 @@ def table_schema(folder: Path) -> pa.Schema:
 
 
 def text_bytes(column: pa.Array) -> int:
-    """The bytes of all text in a column, lists and structs included."""
-    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+    """The bytes of all text, or of other strings of bytes, in a column, lists and structs included."""
+    if column.type in (pa.string(), pa.large_string(), pa.binary(), pa.large_binary()):
         return pc.sum(pc.binary_length(column)).as_py() or 0
-    if pa.types.is_list(column.type):
+    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
         return text_bytes(column.flatten())
     if pa.types.is_struct(column.type):
         return sum(map(text_bytes, column.flatten()))

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pytest
 
 from slmfast import _native, dedup, simhash
+from slmfast.arrow_texts import native_texts, text_column
 
 TEXTS = [
     "Hello, world",
@@ -67,6 +68,75 @@ def test_datasets_column_with_and_without_chosen_rows():
     data = datasets.Dataset.from_dict({"text": TEXTS, "other": list(range(len(TEXTS)))})
     assert np.array_equal(simhash(data["text"]), EXPECTED)
     assert np.array_equal(simhash(data.select([7, 0])["text"]), EXPECTED[[7, 0]])
+
+
+def addresses(column: pa.ChunkedArray) -> list[list[int | None]]:
+    """Where the buffers of every chunk lie."""
+    return [[buffer and buffer.address for buffer in chunk.buffers()] for chunk in column.chunks]
+
+
+MANY = [None if i % 100 == 7 else f"text number {i} of a column that nobody copies" for i in range(5000)]
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.string_view()], ids=str)
+def test_arrow_columns_are_read_where_they_lie(kind):
+    whole = pa.array(MANY, kind)
+    for column in (pa.chunked_array([whole]), pa.chunked_array([whole.slice(3, 40), whole.slice(900)])):
+        before = pa.total_allocated_bytes()
+        assert addresses(text_column(column)) == addresses(column)
+        native = native_texts(text_column(column))
+        assert pa.total_allocated_bytes() == before
+        assert len(native) == len(column)
+
+
+@pytest.mark.parametrize("kind", ["string", "large_string", "string_view"])
+def test_the_native_module_sees_the_callers_own_bytes(kind):
+    """Whoever changes the buffer changes the fingerprint, so there is no copy in between."""
+    text = b"first words that are then others"
+    data = bytearray(text)
+    size = len(text)
+    index = {"string": struct.pack("<2i", 0, size), "large_string": struct.pack("<2q", 0, size)}
+    index["string_view"] = struct.pack("<i4s2i", size, text[:4], 0, 0)
+    column = _native.Texts([(kind, 1, 0, None, index[kind], [data])])
+    values, _ = _native.fingerprints(column, normalised=False, ngram=3, threads=1)
+    assert values.tolist() == simhash([text.decode()]).tolist()
+    data[6:11] = b"sword"
+    values, _ = _native.fingerprints(column, normalised=False, ngram=3, threads=1)
+    assert values.tolist() == simhash([data.decode()]).tolist() != simhash([text.decode()]).tolist()
+
+
+def test_polars_memory_is_read_where_it_lies():
+    polars = pytest.importorskip("polars")
+    series = polars.Series(MANY)
+    before = pa.total_allocated_bytes()
+    one, two = text_column(series), text_column(series)  # both alive: a copy could not lie at the same place
+    assert one.type == pa.string_view()
+    assert addresses(one) == addresses(two)
+    assert addresses(text_column(polars.DataFrame({"text": series})["text"])) == addresses(one)
+    assert pa.total_allocated_bytes() == before
+
+
+@pytest.mark.parametrize("dtype", ["str", "string[pyarrow]", "large_string[pyarrow]"])
+def test_pandas_memory_is_read_where_it_lies(dtype):
+    pandas = pytest.importorskip("pandas")
+    series = pandas.Series(MANY, dtype=dtype)
+    own = pa.chunked_array(series)
+    before = pa.total_allocated_bytes()
+    assert addresses(text_column(series)) == addresses(text_column(series)) == addresses(own)
+    assert pa.total_allocated_bytes() == before
+
+
+def test_datasets_memory_is_read_where_it_lies(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    data = datasets.Dataset.from_dict({"text": MANY, "other": MANY})
+    assert addresses(text_column(data["text"])) == addresses(data.data.table.column("text"))
+    data.save_to_disk(str(tmp_path / "saved"))
+    mapped = datasets.load_from_disk(str(tmp_path / "saved"))
+    before = pa.total_allocated_bytes()
+    column = text_column(mapped["text"])
+    assert addresses(column) == addresses(mapped.data.table.column("text"))
+    assert pa.total_allocated_bytes() == before  # it stays in the mapped file
+    assert np.array_equal(simhash(column), simhash(MANY))
 
 
 def test_numpy_strings():

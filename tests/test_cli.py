@@ -5,8 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 
@@ -35,6 +33,12 @@ def outcome(capsys, *arguments):
         (["diversify", "nowhere", "-o", "out"], "nowhere is not a folder"),
         (["dedup", "nowhere.parquet", "--column", "text", "-o", "out"], "nowhere.parquet does not exist"),
         (["dedup", "table.xlsx", "--column", "text", "-o", "out"], "give a file that ends in"),
+        (["dedup", "table.csv", "other.csv", "-o", "out"], "other.csv: files need --column"),
+        (["dedup", "nowhere", "-o", "out"], "nowhere is not a folder"),
+        (["dedup", "t.csv", "--column", "text", "-o", "out", "--k", "9"], "give a distance from 0 to 8"),
+        (["dedup", "t.csv", "--column", "text", "-o", "out", "--threads", "-1"], "recipe key threads"),
+        (["dedup", "t.csv", "--column", "text", "-o", "out", "--verify", "nan"], "give a share from 0 to 1"),
+        (["dedup", "t.csv", "--column", "a", "-o", "out", "--verify", "0.5", "--no-verify"], "give one of them"),
         (["fuse", "S1", "-o", "out"], "write MODEL=WEIGHT"),
         (["fuse", "S1=half", "-o", "out"], "the weight is not a number"),
         (["fuse", "nowhere=1", "-o", "out"], "nowhere"),
@@ -64,37 +68,6 @@ def test_an_unset_data_folder_is_one_line(capsys, monkeypatch, tmp_path):
     code, _, error = outcome(capsys, "run", recipe, "--run-dir", tmp_path / "run")
     assert code == 2
     assert "SLMFAST_DATA" in error.splitlines()[-1]
-
-
-@pytest.mark.parametrize("kind", ["parquet", "jsonl", "csv"])
-def test_dedup_of_a_files_column(kind, capsys, tmp_path):
-    texts = [
-        "How are you today, my friend?",
-        "how are you today, my friend?",
-        "今天天气很好，我们去公园散步吧",
-        "other words",
-    ]
-    table = pa.table({"n": list(range(4)), "text": texts})
-    path = tmp_path / f"table.{kind}"
-    if kind == "parquet":
-        pq.write_table(table, path)
-    elif kind == "csv":
-        pyarrow.csv.write_csv(table, path)
-    else:
-        path.write_text("".join(json.dumps(row) + "\n" for row in table.to_pylist()))
-    code, out, _ = outcome(capsys, "dedup", path, "--column", "text", "-o", tmp_path / "out")
-    assert code == 0
-    assert "4 rows in = 3 kept + 1 dropped" in out
-    assert pq.read_table(tmp_path / "out" / "kept.parquet").column("n").to_pylist() == [0, 2, 3]
-    assert pq.read_table(tmp_path / "out" / "dropped.parquet").to_pylist() == [
-        {"row": 1, "duplicate_of": 0, "distance": 0}
-    ]
-    code, _, error = outcome(capsys, "dedup", path, "--column", "text", "-o", tmp_path / "out")
-    assert code == 2
-    assert "give a new folder with -o" in error
-    code, _, error = outcome(capsys, "dedup", path, "--column", "txt", "-o", tmp_path / "new")
-    assert code == 2
-    assert "--column takes one of n, text" in error
 
 
 def test_stages_work_one_by_one(capsys, tmp_path):
@@ -195,9 +168,9 @@ def test_dedup_takes_settings_from_the_recipe(records, capsys, tmp_path):
     outcome(capsys, "categorize", records, "-o", tmp_path / "c")
     for flags, expected in (
         (["--set", "dedup.k=7", "--set", "dedup.verify=0.1"], (7, 0.1)),
-        (["--set", "dedup.k=7", "--k", "2", "--no-verify"], (2, None)),
+        (["--set", "dedup.k=7", "--k", "2", "--no-verify", "--threads", "1"], (2, None)),
     ):
-        outcome(capsys, "dedup", tmp_path / "c", "-o", tmp_path / "d", *flags)
+        assert outcome(capsys, "dedup", tmp_path / "c", "-o", tmp_path / "d", *flags)[0] == 0
         settings = json.loads((tmp_path / "d" / "manifest.json").read_text())["settings"]
         assert (settings["k"], settings["verify"]) == expected
 

@@ -5,6 +5,7 @@ texts stay on the disk, and only fingerprints and row numbers are held in memory
 as collect wrote them, which is the order in which dedup prefers them.
 """
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -12,40 +13,68 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from slmfast.job import Counts, Job
-from slmfast.near_duplicates import DedupResult, dedup
-from slmfast.records import DROPPED_SCHEMA, prompt_text
+from slmfast.near_duplicates import DedupResult, LargeClusterWarning, dedup
+from slmfast.records import DROPPED_SCHEMA
 from slmfast.store import ShardWriter, count_rows, read_batches, table_schema
 
 INPUTS = ("categorize",)
 MODELS: tuple[str, ...] = ()
 
-TEXT_SCHEMA = pa.schema([("text", pa.large_string()), ("id", pa.string())])
-ALARM_SHARE = 0.01  # a cluster of more than this share of all rows is told to the user
+TEXT_SCHEMA = pa.schema([("text", pa.large_string()), ("id", pa.large_string())])
 
 
 def run(job: Job) -> Counts:
     """Splits the records into those kept and, in `dropped`, those that another row stands for."""
     source = job.input("categorize")
-    settings = job.settings
     with pa.memory_map(str(_write_texts(source, job.work / "texts.arrow"))) as file:
         table = pa.ipc.open_file(file).read_all()
-        result = dedup(
-            table.column("text"), k=settings.k, mode=settings.mode, verify=settings.verify, ngram=settings.ngram
-        )
+        result = _find(job, table.column("text"))
         kept, dropped = _split(job, source, result, table.column("id"))
-        job.notes |= _largest_cluster(result)
+        row, size = result.largest_cluster
+        job.notes |= {"largest_cluster": size, "stand_in_row": row}
+        if alarm := result.alarm(f"record {table.column('id')[row]}" if row >= 0 else None):
+            print(f"dedup: {alarm}", flush=True)
     return Counts(count_rows(source), kept, dropped)
+
+
+def _find(job: Job, texts: pa.ChunkedArray) -> DedupResult:
+    settings = job.settings
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", LargeClusterWarning)  # the stage tells it itself
+        return dedup(
+            texts,
+            k=settings.k,
+            mode=settings.mode,
+            verify=settings.verify,
+            ngram=settings.ngram,
+            threads=job.recipe.threads or 0,
+        )
 
 
 def _write_texts(source: Path, path: Path) -> Path:
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, TEXT_SCHEMA) as writer:
         for batch in read_batches(source, columns=["prompt", "id"]):
-            texts = pa.array([prompt_text(p) for p in batch.column("prompt").to_pylist()], pa.large_string())
-            writer.write_batch(pa.record_batch([texts, batch.column("id")], schema=TEXT_SCHEMA))
+            ids = batch.column("id").cast(pa.large_string())
+            writer.write_batch(pa.record_batch([prompt_texts(batch.column("prompt")), ids], schema=TEXT_SCHEMA))
     return path
 
 
+def prompt_texts(prompts: pa.ListArray) -> pa.LargeStringArray:
+    """records.prompt_text of every prompt of a column, without a Python object a row."""
+    turns = prompts.flatten()
+    roles, contents = (pc.struct_field(turns, name).cast(pa.large_string()) for name in ("role", "content"))
+    counts = prompts.value_lengths()
+    alone = pc.equal(counts, 1).take(pc.list_parent_indices(prompts))
+    lines = pc.if_else(
+        alone, contents, pc.binary_join_element_wise(roles, contents, pa.scalar(": ", pa.large_string()))
+    )
+    ends = np.cumsum(counts.to_numpy(), dtype=np.int64)
+    return pc.binary_join(pa.LargeListArray.from_arrays(np.append(0, ends), lines), pa.scalar("\n", pa.large_string()))
+
+
 def _split(job: Job, source: Path, result: DedupResult, ids: pa.ChunkedArray) -> tuple[int, int]:
+    # All stand-ins at once: a `take` from a column of many chunks begins with work on all of them.
+    stand_ins = ids.take(pa.array(result.duplicate_of[~result.keep]))
     start = 0
     with (
         ShardWriter(job.table("records"), table_schema(source)) as kept,
@@ -57,26 +86,17 @@ def _split(job: Job, source: Path, result: DedupResult, ids: pa.ChunkedArray) ->
             keep = pa.array(result.keep[rows])
             kept.write(batch.filter(keep))
             gone = batch.filter(pc.invert(keep))
-            mask = ~result.keep[rows]
-            stand_ins = ids.take(pa.array(result.duplicate_of[rows][mask])).combine_chunks()
-            dropped.write(_dropped_batch(gone, stand_ins, result.distance[rows][mask]))
+            distances = result.distance[rows][~result.keep[rows]]
+            dropped.write(_dropped_batch(gone, stand_ins.slice(dropped.rows, gone.num_rows), distances))
     return kept.rows, dropped.rows
 
 
-def _dropped_batch(rows: pa.RecordBatch, stand_ins: pa.Array, distances: np.ndarray) -> pa.RecordBatch:
+def _dropped_batch(rows: pa.RecordBatch, stand_ins: pa.ChunkedArray, distances: np.ndarray) -> pa.RecordBatch:
     columns = [
         *(rows.column(name) for name in ("id", "source", "source_row")),
         pa.repeat("dedup", rows.num_rows),
         pa.repeat("near-duplicate", rows.num_rows),
-        stand_ins,
+        stand_ins.cast(pa.string()).combine_chunks(),
         pa.array(distances, pa.uint8()),
     ]
     return pa.record_batch(columns, schema=DROPPED_SCHEMA)
-
-
-def _largest_cluster(result: DedupResult) -> dict[str, int]:
-    sizes = np.bincount(result.duplicate_of) if len(result.duplicate_of) else np.zeros(1, int)
-    largest = int(sizes.max())
-    if largest > max(10, ALARM_SHARE * len(result.keep)):
-        print(f"dedup: one row stands for {largest:,} rows, over 1 % of all; look at the dropped table", flush=True)
-    return {"largest_cluster": largest, "stand_in_row": int(sizes.argmax())}

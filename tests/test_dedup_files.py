@@ -1,0 +1,375 @@
+"""`slmfast dedup` on tables in files: what stays and what goes, whose values survive, and what is refused."""
+
+import csv
+import gzip
+import json
+import os
+import random
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from slmfast import dedup, json_tables, store, table_files
+from slmfast.cli import main
+from slmfast.dedup_files import dedup_files
+from slmfast.errors import UserError
+
+TEXTS = [
+    "How are you today, my friend?",
+    "how are you today, my friend?",
+    "今天天气很好，我们去公园散步吧",
+    "other words",
+    None,
+    "今天天气很好，我们去公园散步吧",
+]
+
+
+def write(path: Path, rows: list[dict], kind: str | None = None) -> Path:
+    """Writes rows in the format that the file's name says."""
+    name = path.name.removesuffix(".gz").removesuffix(".zst")
+    if name.endswith(".parquet"):
+        pq.write_table(pa.Table.from_pylist(rows), path)
+        return path
+    if name.endswith(".csv"):
+        sink = pa.BufferOutputStream()
+        pyarrow.csv.write_csv(pa.Table.from_pylist(rows), sink)
+        data = sink.getvalue().to_pybytes()
+    elif name.endswith(".json"):
+        data = json.dumps(rows, indent=1).encode()
+    else:
+        data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    if path.suffix == ".gz":
+        data = gzip.compress(data)
+    elif path.suffix == ".zst":
+        data = zstandard.compress(data)
+    path.write_bytes(data)
+    return path
+
+
+def kept(output: Path) -> list[dict]:
+    return pq.read_table(output / "kept").to_pylist()
+
+
+def outcome(capsys, *arguments) -> tuple[int, str, str]:
+    code = main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err.strip()
+
+
+@pytest.mark.parametrize(
+    "name", ["t.parquet", "t.jsonl", "t.JSON", "t.json", "t.csv", "t.jsonl.gz", "t.json.zst", "t.csv.gz", "t.csv.zst"]
+)
+def test_every_format_gives_the_same_rows(name, capsys, tmp_path):
+    rows = [{"n": n, "text": text} for n, text in enumerate(TEXTS)]
+    path = write(tmp_path / name, rows)
+    code, out, error = outcome(capsys, "dedup", path, "--column", "text", "-o", tmp_path / "out")
+    assert (code, error) == (0, "")
+    assert out == f"6 rows in = 4 kept + 2 dropped: {tmp_path / 'out'}\n"
+    n = str if ".csv" in name else int  # a CSV file's values stay the texts that they are
+    assert [row["n"] for row in kept(tmp_path / "out")] == list(map(n, [0, 2, 3, 4]))
+    assert [row["text"] for row in kept(tmp_path / "out")][:3] == [TEXTS[i] for i in (0, 2, 3)]
+    where = {"file": str(path), "duplicate_of_file": str(path)}
+    assert pq.read_table(tmp_path / "out" / "dropped.parquet").to_pylist() == [
+        {**where, "file_row": i, "row": i, "duplicate_of_file_row": j, "duplicate_of": j, "distance": 0}
+        for i, j in ((1, 0), (5, 2))
+    ]
+
+
+def test_a_full_folder_and_a_wrong_column_are_refused(capsys, tmp_path):
+    path = write(tmp_path / "t.jsonl", [{"n": 1, "text": "a"}])
+    (tmp_path / "out").mkdir()  # an empty one is taken
+    assert outcome(capsys, "dedup", path, "--column", "text", "-o", tmp_path / "out")[0] == 0
+    code, _, error = outcome(capsys, "dedup", path, "--column", "text", "-o", tmp_path / "out")
+    assert code == 2
+    assert "give a new folder with -o" in error
+    code, _, error = outcome(capsys, "dedup", path, "--column", "txt", "-o", tmp_path / "new")
+    assert code == 2
+    assert f"{path} has no column txt: --column takes one of n, text" in error
+
+
+def family(rng: random.Random, count: int) -> list[str]:
+    bases = [" ".join(rng.randbytes(2).hex() for _ in range(12)) for _ in range(count // 2)]
+    return [rng.choice(bases) + rng.choice(["", ".", " now"]) for _ in range(count)]
+
+
+def test_files_in_the_order_given_are_one_table(tmp_path, monkeypatch):
+    """Against slmfast.dedup of all texts in one list; the order of the inputs is the order of priority."""
+    monkeypatch.setattr(json_tables, "BLOCK_BYTES", 700)
+    monkeypatch.chdir(tmp_path)
+    rng = random.Random(2)
+    Path("folder").mkdir()
+    names = ["z.jsonl", "folder/10.parquet", "folder/11.csv", "folder/12.jsonl", "b1.json", "b2.json", "a.csv.gz"]
+    pool = family(rng, 200)
+    texts = {name: rng.sample(pool, rng.randint(10, 40)) for name in names}
+    for name in names:
+        write(Path(name), [{"id": f"{name}{i}", "text": text} for i, text in enumerate(texts[name])])
+    Path("folder/.hidden.csv").write_text("no table")
+    Path("folder/README.md").write_text("no table")
+    inputs = [Path(name) for name in ("z.jsonl", "folder", "b?.json", "*.gz", "z.jsonl")]  # the last is there already
+    settings = {"k": 5, "verify": 0.6, "mode": "components", "ngram": 4}
+    counts = dedup_files(inputs, "text", Path("out"), **settings, threads=2)
+    places = [(name, i) for name in names for i in range(len(texts[name]))]
+    expected = dedup([texts[name][i] for name, i in places], **settings)
+    assert (counts.kept, counts.dropped) == (expected.n_kept, len(places) - expected.n_kept)
+    assert counts.dropped > 50 < counts.kept
+    assert [row["id"] for row in kept(Path("out"))] == [
+        f"{name}{i}" for (name, i), keep in zip(places, expected.keep, strict=True) if keep
+    ]
+    dropped = pq.read_table("out/dropped.parquet").to_pylist()
+    assert [row["row"] for row in dropped] == (~expected.keep).nonzero()[0].tolist()
+    for row in dropped:
+        assert (row["file"], row["file_row"]) == places[row["row"]]
+        assert row["duplicate_of"] == expected.duplicate_of[row["row"]]
+        assert (row["duplicate_of_file"], row["duplicate_of_file_row"]) == places[row["duplicate_of"]]
+        assert row["distance"] == expected.distance[row["row"]]
+
+
+def test_csv_values_survive(tmp_path):
+    (tmp_path / "t.csv").write_bytes(
+        b'\xef\xbb\xbfid,text,note\r\n007,"two\r\nlines, ""quoted""",NA\r\n1e5,NA,\r\n,5" pipe,2020-01-01\r\n'
+    )
+    dedup_files([tmp_path / "t.csv"], "text", tmp_path / "out")
+    assert kept(tmp_path / "out") == [
+        {"id": "007", "text": 'two\r\nlines, "quoted"', "note": "NA"},
+        {"id": "1e5", "text": "NA", "note": ""},
+        {"id": "", "text": '5" pipe', "note": "2020-01-01"},
+    ]
+
+
+def test_csv_rows_are_those_of_pythons_own_reader(tmp_path, monkeypatch):
+    monkeypatch.setattr(table_files, "_CSV_BLOCKS", (60, 50_000))
+    rng = random.Random(12)
+    alphabet = ["a", "b", "0", " ", ",", '"', "\n", "\r\n", "好", "NULL", "'", "\t"]
+    for number in range(20):
+        names = ["id", "te,xt", 'say "hi"']
+        rows = [["".join(rng.choices(alphabet, k=rng.randrange(9))) for _ in names] for _ in range(40)]
+        rows = [[str(i), text + rng.randbytes(8).hex(), other] for i, (_, text, other) in enumerate(rows)]
+        path = tmp_path / f"{number}.csv"
+        with path.open("w", newline="") as file:
+            csv.writer(file, quoting=rng.choice([csv.QUOTE_MINIMAL, csv.QUOTE_ALL])).writerows([names, *rows])
+        dedup_files([path], "te,xt", tmp_path / f"out{number}", verify=1.0)
+        assert [list(row.values()) for row in kept(tmp_path / f"out{number}")] == rows
+
+
+def test_rows_larger_than_a_block(tmp_path, monkeypatch):
+    monkeypatch.setattr(table_files, "_CSV_BLOCKS", (200, 5000, 50_000))
+    monkeypatch.setattr(json_tables, "BLOCK_BYTES", 200)
+    rng = random.Random(9)
+    rows = [{"id": str(i), "text": rng.randbytes(rng.choice([5, 20, 90, 4000])).hex()} for i in range(120)]
+    for name in ("t.csv", "t.jsonl", "t.json"):
+        write(tmp_path / name, rows)
+        dedup_files([tmp_path / name], "text", tmp_path / name.upper())
+        assert kept(tmp_path / name.upper()) == rows
+    rows[60]["text"] = "x" * 200_000
+    write(tmp_path / "t.csv", rows)
+    with pytest.raises(UserError, match=r"t.csv is not readable as CSV: a row of more than 0 MiB"):
+        dedup_files([tmp_path / "t.csv"], "text", tmp_path / "out")
+
+
+def random_value(rng: random.Random, depth: int = 0):
+    """A JSON value by column: nulls, integers that floats hold too, floats, times, lists and objects."""
+    objects = {"a": rng.choice([None, 3, 4.5]), "when": rng.choice(["2020-01-01", "soon", None])}
+    return {
+        "number": rng.choice([None, rng.randrange(1 << 50), rng.randrange(100) / 8]),
+        "late": rng.choice([None] * 40 + [7]),
+        "when": rng.choice(["2020-01-01", "2020-01-01T10:00:00Z", "tomorrow"]) if rng.random() < 0.1 else "2021-05-05",
+        "flag": rng.random() < 0.5,
+        "list": [rng.choice([1, 2.5, None]) for _ in range(rng.randrange(3))],
+        "object": {name: value for name, value in objects.items() if rng.random() < 0.5} or None,
+        "turns": [dict(objects) for _ in range(rng.randrange(3))],
+    }
+
+
+def whole(value, like):
+    """A value as a table shows it: names that an object lacks are null."""
+    if isinstance(like, dict) and isinstance(value, dict):
+        return {name: whole(value.get(name), part) for name, part in like.items()}
+    if isinstance(value, list) and isinstance(like, list):
+        return [whole(part, other) for part, other in zip(value, like, strict=True)]
+    return value
+
+
+@pytest.mark.parametrize("name", ["t.jsonl", "t.json"])
+def test_json_values_survive_whatever_the_blocks_hold(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(json_tables, "BLOCK_BYTES", 600)
+    rng = random.Random(4)
+    rows = []
+    for i in range(300):
+        row = {name: value for name, value in random_value(rng).items() if rng.random() < 0.7}
+        rows.append({"text": f"{i * i} {rng.random()}", **row})
+    path = write(tmp_path / name, rows)
+    dedup_files([path], "text", tmp_path / "out", verify=1.0)
+    result = kept(tmp_path / "out")
+    assert len(result) == len(rows)
+    assert set(result[0]) == {"text", *random_value(rng)}
+    for row, got in zip(rows, result, strict=True):
+        assert got == whole(row, got)
+        assert all(got[name] is None for name in got.keys() - row.keys())
+
+
+@pytest.mark.parametrize("data", ['{"text": "好"}\r\n\r\n{"text": "b"}', ' [{"text": "好"},\n{"text": "b"}]\n'])
+def test_json_with_a_byte_order_mark_and_without(data, tmp_path):
+    for number, encoding in enumerate(("utf-8", "utf-8-sig")):
+        (tmp_path / "t.json").write_text(data, encoding=encoding, newline="")
+        dedup_files([tmp_path / "t.json"], "text", tmp_path / f"out{number}")
+        assert kept(tmp_path / f"out{number}") == [{"text": "好"}, {"text": "b"}]
+
+
+def test_files_without_rows_count_nothing(tmp_path):
+    for name, data in (("a.csv", b"text\n"), ("c.jsonl", b"\n")):
+        (tmp_path / name).write_bytes(data)
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "b.parquet")
+    dedup_files([tmp_path], "text", tmp_path / "none")
+    assert kept(tmp_path / "none") == pq.read_table(tmp_path / "none" / "dropped.parquet").to_pylist() == []
+    (tmp_path / "d.jsonl").write_text('{"text": "one"}\n{"text": "one"}\n')
+    dedup_files([tmp_path], "text", tmp_path / "one")
+    assert kept(tmp_path / "one") == [{"text": "one"}]
+    dropped = pq.read_table(tmp_path / "one" / "dropped.parquet").to_pylist()
+    assert [(row["file"], row["file_row"], row["row"]) for row in dropped] == [(str(tmp_path / "d.jsonl"), 1, 1)]
+
+
+def test_parquet_types_are_brought_together_without_loss(tmp_path):
+    one = pa.table({"text": pa.array(["a", "b"]), "n": pa.array([1, 2], pa.int32()), "x": pa.nulls(2)})
+    two = pa.table(
+        {
+            "n": pa.array([2**40]),
+            "text": pa.array(["c"], pa.large_string()).dictionary_encode(),
+            "x": pa.array([[1.5]]),
+        }
+    )
+    for i, table in enumerate((one, two)):
+        pq.write_table(table, tmp_path / f"{i}.parquet")
+    dedup_files([tmp_path], "text", tmp_path / "out")
+    assert kept(tmp_path / "out") == [
+        {"text": "a", "n": 1, "x": None},
+        {"text": "b", "n": 2, "x": None},
+        {"text": "c", "n": 2**40, "x": [1.5]},
+    ]
+
+
+def test_parquet_columns_of_every_kind_are_written_in_small_shards(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "BYTES_PER_SHARD", 100_000)
+    rng = random.Random(1)
+    data = [rng.randbytes(1000) for _ in range(1000)]
+    texts = pa.array([blob[:30].hex() for blob in data])
+    table = pa.table(
+        {
+            "a.b": texts,
+            "blob": data,
+            "view": texts.cast(pa.string_view()),
+            "lists": pa.array([[1.5, None], [], None, [2.5]] * 250, pa.large_list(pa.float32())),
+            "when": pa.array(range(1000), pa.timestamp("us", "UTC")),
+            "price": pa.array([None, 5] * 500, pa.int64()).cast(pa.decimal128(22, 2)),
+        }
+    )
+    pq.write_table(table, tmp_path / "t.parquet", row_group_size=300)
+    dedup_files([tmp_path / "t.parquet"], "a.b", tmp_path / "out", verify=1.0)
+    assert kept(tmp_path / "out") == table.to_pylist()
+    assert len(list((tmp_path / "out" / "kept").iterdir())) > 5
+
+
+BROKEN_FILES = {
+    "syntax.jsonl": (b'{"text":"a"}\n\n{"text":"b"\n{"text":"c"}\n', "line 3: Missing a comma or '}'"),
+    "late.jsonl": (b'{"text":"a"}\n' * 200 + b"{]\n", "line 201: "),
+    "list.jsonl": (b'{"text":"a"}\n[1]\n', "line 2: Column() changed from object to array"),
+    "number.jsonl": (b'{"text":"a"}\n{"text":5}\n', "line 2: Column(/text) changed from string to number"),
+    "mixed.jsonl": (b'{"text":"a","n":1}\n{"text":"b","n":"x"}\n', "line 2: Column(/n) changed from number to string"),
+    "apart.jsonl": (
+        b'{"text":"a","n":1}\n' + b"\n" * 1200 + b'{"text":"b","n":"x"}\n',
+        "column n: string here, but int64 in another part of the file",
+    ),
+    "latin.jsonl": (b'{"text":"a"}\n{"text":"\xe9"}\n', "line 2: not UTF-8"),
+    "half.jsonl": (b'{"text":"\\ud800"}\n', "line 1: The surrogate pair"),
+    "half.json": (b'[{"text":"a"},{"text":"\\ud800"}]', "element 2 is not UTF-8, or holds a lone surrogate"),
+    "cut.json": (b'[{"text":"a"},{"text":"b"', "broken JSON on line 1"),
+    "number.json": (b'[{"text":"a"},5]', "element 2 is no object"),
+    "huge.jsonl": (b'{"text":"a","id":18446744073709551615}\n', "line 1: column id holds floats, none of which is 184"),
+    "odd.jsonl": (
+        b'{"text":"a","id":0.5}\n' * 99 + b'{"text":"b","id":[9007199254740993]}\n',
+        "Column(/id) changed from number to array",
+    ),
+    "odd.json": (
+        b"[" + b'{"text":"a","id":0.5},' * 99 + b'{"text":"b","id":9007199254740993}]',
+        "element 100: column id holds floats, none of which is 9007199254740993",
+    ),
+    "hollow.jsonl": (b'{"text":"a","meta":{}}\n', "column meta: only empty objects"),
+    "lacks.jsonl": (b'{"txt":"a"}\n', "has no column text: --column takes one of txt"),
+    "empty.jsonl": (b"", "holds no rows"),
+    "cells.csv": (b"id,text\n1,a\n2,b,c\n", "Row #3: Expected 2 columns, got 3"),
+    "quote.csv": (b'id,text\n1,"a\nb"\n2,"open\n3,c\n', "line 4: broken CSV"),
+    "latin.csv": (b"id,text\n1,\xe9\n", "Row #2: CSV conversion error to string: invalid UTF8"),
+    "wide.csv": ("text\na\n".encode("utf-16"), "has a header that is not UTF-8"),
+    "wide.jsonl": ('{"text": "a"}'.encode("utf-16"), "line 1: not UTF-8"),
+    "twice.csv": (b"text,id,text\na,1,b\n", "has two columns named 'text'"),
+    "empty.csv": (b"", "is empty"),
+    "lacks.csv": (b"id\n1\n", "has no column text: --column takes one of id"),
+    "none.parquet": (b"nope", "is not readable as Parquet"),
+    "none.jsonl.gz": (b"nope", "can't be read: zlib"),
+    "cut.csv.gz": (gzip.compress(b"id,text\n" + os.urandom(99).hex().encode())[:-20], "is not readable as CSV"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_FILES)
+def test_a_broken_file_is_one_line_that_names_it(name, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(json_tables, "BLOCK_BYTES", 500)
+    data, expected = BROKEN_FILES[name]
+    path = tmp_path / name
+    path.write_bytes(data)
+    code, _, error = outcome(capsys, "dedup", path, "--column", "text", "-o", tmp_path / "out")
+    assert code == 2
+    assert error.startswith(f"slmfast: {path}")
+    assert expected in error
+    assert len(error.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == [path]  # nothing half-written is left
+
+
+@pytest.mark.parametrize(
+    ("tables", "expected"),
+    [
+        ([{"text": ["a"], "n": [1]}, {"text": ["b"], "n": ["x"]}], "1.parquet, column n: string here, but int64 in"),
+        ([{"text": ["a"], "n": [1]}, {"text": ["b"]}], "1.parquet lacks the column n that"),
+        ([{"text": ["a"]}, {"text": ["b"], "n": [1]}], "0.parquet lacks the column n that"),
+        ([{"text": ["a"], "n": [0.5]}, {"text": ["b"], "n": [2**53 + 1]}], "1.parquet, column n: no double"),
+        ([{"text": [5], "s": ["a"]}], "0.parquet, column text: holds int64, no texts: --column takes one of s"),
+        (
+            [{"text": pa.array([b"fine", b"a", b"\xff"], pa.binary()).view(pa.string())}],
+            "0.parquet, row 2, column text: not UTF-8",
+        ),
+    ],
+)
+def test_tables_that_do_not_agree_are_refused(tables, expected, tmp_path):
+    for i, table in enumerate(tables):
+        pq.write_table(pa.table(table), tmp_path / f"{i}.parquet")
+    with pytest.raises(UserError) as caught:
+        dedup_files([tmp_path], "text", tmp_path / "out" / "new")
+    assert expected in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_file_that_changes_meanwhile_is_noticed(tmp_path, monkeypatch):
+    path = write(tmp_path / "t.jsonl", [{"text": str(i) * 9} for i in range(10)])
+    original = table_files.JsonTable.rows
+
+    def rows(self, schema):
+        with path.open("a") as file:
+            file.write('{"text": "one more"}\n')
+        return original(self, schema)
+
+    monkeypatch.setattr(table_files.JsonTable, "rows", rows)
+    with pytest.raises(UserError, match=r"t.jsonl changed while it was read"):
+        dedup_files([path], "text", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_large_cluster_is_told_once(capsys, tmp_path, recwarn):
+    rows = [{"text": f"{i * 7919} number {i * i} and {i**3}"} for i in range(100)] + [{"text": "a template"}] * 11
+    path = write(tmp_path / "t.jsonl", rows)
+    _, out, error = outcome(capsys, "dedup", path, "--column", "text", "-o", tmp_path / "out")
+    alarm, counts = out.splitlines()
+    assert alarm.startswith(f"dedup: row 100 of {path} stands for 11 of 111 rows (9.9%)")
+    assert counts.startswith("111 rows in = 101 kept + 10 dropped")
+    assert (error, list(recwarn)) == ("", [])
