@@ -12,6 +12,7 @@ from numba import njit
 from slmfast.arrow_texts import normalise
 
 GRAM = 3
+ROUNDING = 1e-9  # keeps a bound from cutting off what equals it
 
 
 def jaccard_pairs(texts: Sequence[str], least: float) -> tuple[np.ndarray, np.ndarray]:
@@ -21,11 +22,9 @@ def jaccard_pairs(texts: Sequence[str], least: float) -> tuple[np.ndarray, np.nd
     """
     rows, grams = gram_sets(texts)
     starts = np.searchsorted(rows, np.arange(len(texts) + 1))
-    i, j = _candidates(rows, grams, starts, least)
-    both = _common(grams, starts, i, j)
-    sizes = np.diff(starts)
-    good = both >= least * (sizes[i] + sizes[j] - both)
-    return i[good], j[good]
+    pairs = np.array(_pairs(grams, starts, *_postings(rows, grams, starts, least), least), dtype=np.int64)
+    pairs.sort()
+    return pairs >> 32, pairs & 0xFFFFFFFF
 
 
 def gram_sets(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -55,47 +54,72 @@ def gram_sets(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     return rows[order], number[order]
 
 
-def _candidates(rows: np.ndarray, grams: np.ndarray, starts: np.ndarray, least: float) -> tuple[np.ndarray, np.ndarray]:
-    """Pairs i < j that share a gram among their rarest and whose sizes allow the similarity.
+def _postings(
+    rows: np.ndarray, grams: np.ndarray, starts: np.ndarray, least: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """An inverted index over each text's rarest grams.
 
-    Two sets with similarity s share a gram among the first size - ceil(s size) + 1 of either.
+    Two sets with similarity s share one of the first size - ceil(s size) + 1 grams of either.
+
+    Returns:
+        (gram, row, places, begins): gram and row of each posting, by gram, the smaller sets first; row r's own postings
+        stand at places[begins[r]:begins[r + 1]].
     """
     sizes = np.diff(starts)
-    prefix = sizes - np.ceil(least * sizes - 1e-9).astype(np.int64) + 1
+    prefix = sizes - np.ceil(least * sizes - ROUNDING).astype(np.int64) + 1
     early = np.arange(len(rows)) - starts[rows] < prefix[rows]
-    posting_gram, posting_row = grams[early], rows[early]
-    order = np.lexsort((posting_row, sizes[posting_row], posting_gram))
-    posting_gram, posting_row = posting_gram[order], posting_row[order]
-    first = np.arange(len(posting_row))
-    found = [np.zeros(0, dtype=np.int64)]
-    step = 0
-    while len(first):  # sizes ascend within a gram: where one step is too far, so is the next
-        step += 1
-        first = first[first + step < len(posting_row)]
-        second = first + step
-        near = posting_gram[first] == posting_gram[second]
-        near &= sizes[posting_row[first]] >= least * sizes[posting_row[second]] - 1e-9
-        first = first[near]
-        a, b = posting_row[first], posting_row[first + step]
-        found.append(np.minimum(a, b) << 32 | np.maximum(a, b))
-        if len(found) > 64:
-            found = [np.unique(np.concatenate(found))]
-    keys = np.unique(np.concatenate(found))
-    return keys >> 32, keys & 0xFFFFFFFF
+    gram, row = grams[early], rows[early]
+    order = np.lexsort((row, sizes[row], gram))
+    places = np.empty(len(order), dtype=np.int64)
+    places[order] = np.arange(len(order))
+    return gram[order], row[order], places, np.searchsorted(row, np.arange(len(starts)))
 
 
-@njit(cache=False)
-def _common(grams: np.ndarray, starts: np.ndarray, i: np.ndarray, j: np.ndarray) -> np.ndarray:
-    both = np.zeros(len(i), dtype=np.int64)
-    for pair in range(len(i)):
-        x, y = starts[i[pair]], starts[j[pair]]
-        while x < starts[i[pair] + 1] and y < starts[j[pair] + 1]:
-            if grams[x] == grams[y]:
-                both[pair] += 1
-                x += 1
-                y += 1
-            elif grams[x] < grams[y]:
-                x += 1
-            else:
-                y += 1
+@njit
+def _pairs(
+    grams: np.ndarray,
+    starts: np.ndarray,
+    posting_gram: np.ndarray,
+    posting_row: np.ndarray,
+    places: np.ndarray,
+    begins: np.ndarray,
+    least: float,
+) -> list[int]:
+    """Every row against the smaller sets that stand before it under one of its grams, each other row once."""
+    found = [np.int64(0) for _ in range(0)]
+    seen = np.full(len(starts), -1, dtype=np.int64)
+    for row in range(len(starts) - 1):
+        size = starts[row + 1] - starts[row]
+        for at in places[begins[row] : begins[row + 1]]:
+            before = at - 1
+            while before >= 0 and posting_gram[before] == posting_gram[at]:
+                other = posting_row[before]
+                other_size = starts[other + 1] - starts[other]
+                if other_size < least * size - ROUNDING:
+                    break  # sizes ascend within a gram: those before are smaller still
+                before -= 1
+                if seen[other] == row:
+                    continue
+                seen[other] = row
+                both = _common(grams, starts, row, other, least / (1 + least) * (size + other_size) - ROUNDING)
+                if both / (size + other_size - both) >= least:
+                    found.append(min(row, other) << 32 | max(row, other))
+    return found
+
+
+@njit
+def _common(grams: np.ndarray, starts: np.ndarray, a: int, b: int, needed: float) -> int:
+    """How many grams two rows share; less than that where it turns out that they are fewer than `needed`."""
+    both = 0
+    x, y = starts[a], starts[b]
+    end_x, end_y = starts[a + 1], starts[b + 1]
+    while x < end_x and y < end_y and both + min(end_x - x, end_y - y) >= needed:
+        if grams[x] == grams[y]:
+            both += 1
+            x += 1
+            y += 1
+        elif grams[x] < grams[y]:
+            x += 1
+        else:
+            y += 1
     return both
