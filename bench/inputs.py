@@ -2,16 +2,19 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 Draw = Callable[[int, int], np.ndarray]  # (n, seed) -> distinct fingerprints, uint64
 
-BATCH = 100_000  # short texts made at a time
+BATCH = 1_000_000  # short texts made at a time
+POOL = 200_000  # pieces that short texts are made of
+ENDINGS = ("", ".", "?", "。", "？")
 
 
 def uniform(n: int, seed: int) -> np.ndarray:
@@ -114,37 +117,41 @@ def _joined(instruction: str, passage: str | None) -> str:
 
 
 def short_texts(n: int, seed: int) -> pa.ChunkedArray:
-    """n texts of about 12 to 60 characters in both languages, in the words of the real prompts; one in ten is a near
-    copy of a text before it, with one character changed."""
-    words, phrases = _vocabulary(prompts()[1])
-    chunks = [_short_batch(count, seed + 1000 * number, words, phrases) for number, count in enumerate(_batches(n))]
-    return pa.chunked_array(chunks, pa.string())
+    """n texts of about 12 to 60 characters in both languages, made of two pieces of the real prompts each.
+
+    One in ten is a near copy of a text before it: other capitals, another closing mark, or both.
+    """
+    pieces = _pieces(prompts()[1], seed)
+    batches = (min(BATCH, n - begin) for begin in range(0, n, BATCH))
+    return pa.chunked_array([_short_batch(count, (seed, i), pieces) for i, count in enumerate(batches)], pa.string())
 
 
-def _batches(n: int) -> Iterator[int]:
-    for begin in range(0, n, BATCH):
-        yield min(BATCH, n - begin)
-
-
-def _vocabulary(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """English words and Chinese pieces of three characters, as often as they occur."""
+def _pieces(texts: list[str], seed: int) -> pa.Array:
+    """POOL pieces: runs of 3 to 5 English words, and after them runs of 6 to 14 Chinese characters, as many."""
+    rng = np.random.default_rng(seed)
     chinese = [any("\u4e00" <= character <= "\u9fff" for character in text[:20]) for text in texts]
     words = [word for text, zh in zip(texts, chinese, strict=True) if not zh for word in text.split() if len(word) < 14]
-    flat = "".join(text for text, zh in zip(texts, chinese, strict=True) if zh)
-    return np.array(words), np.array([flat[i : i + 3] for i in range(0, len(flat) - 2, 3)])
+    flat = "".join("".join(text.split()) for text, zh in zip(texts, chinese, strict=True) if zh)
+    half = POOL // 2
+    begins, counts = rng.integers(0, len(words) - 5, half), rng.integers(3, 6, half)
+    english = [" ".join(words[b : b + c]) + " " for b, c in zip(begins.tolist(), counts.tolist(), strict=True)]
+    begins, counts = rng.integers(0, len(flat) - 14, half), rng.integers(6, 15, half)
+    return pa.array(english + [flat[b : b + c] for b, c in zip(begins.tolist(), counts.tolist(), strict=True)])
 
 
-def _short_batch(count: int, seed: int, words: np.ndarray, phrases: np.ndarray) -> pa.Array:
+def _short_batch(count: int, seed: tuple[int, int], pieces: pa.Array) -> pa.Array:
     rng = np.random.default_rng(seed)
-    texts: list[str] = []
-    for pieces, joint, lengths in ((words, " ", rng.integers(4, 11, count)), (phrases, "", rng.integers(4, 15, count))):
-        half = count // 2 if joint else count - count // 2
-        drawn = pieces[rng.integers(0, len(pieces), (half, 15))].tolist()
-        texts += [joint.join(row[:length]) for row, length in zip(drawn, lengths, strict=False)]
-    order = rng.permutation(count)
-    texts = [texts[i] for i in order]
-    for row in np.flatnonzero(rng.random(count) < 0.1).tolist():
-        original = texts[rng.integers(0, row)] if row else texts[0]
-        place = int(rng.integers(0, len(original)))
-        texts[row] = original[:place] + "x" + original[place + 1 :]
-    return pa.array(texts, pa.string())
+    half = POOL // 2
+    language = rng.integers(0, 2, count)
+    first, second = (rng.integers(0, half, count) + language * half for _ in range(2))
+    ending = rng.integers(0, len(ENDINGS), count)
+    capitals = np.zeros(count, dtype=bool)
+    copies = np.flatnonzero(rng.random(count) < 0.1)
+    copies = copies[copies > 0]
+    originals = rng.integers(0, copies)
+    first[copies], second[copies] = first[originals], second[originals]
+    capitals[copies] = rng.random(len(copies)) < 0.5
+    texts = pc.binary_join_element_wise(
+        pieces.take(pa.array(first)), pieces.take(pa.array(second)), pa.array(ENDINGS).take(pa.array(ending)), ""
+    )
+    return pc.if_else(pa.array(capitals), pc.utf8_upper(texts), texts)

@@ -26,13 +26,14 @@ from timing import best_time, stopwatch
 
 from slmfast.near_duplicates import DedupIndex, dedup, simhash
 
-INDEX_BYTES_A_ROW = 400  # of memory, and of disk, that the index case may need before it is tried
+INDEX_BYTES_A_ROW = 200  # of memory, and of disk, that the index case may need before it is tried
 
 
 def fingerprint_cases(context: Context) -> Iterator[Result]:
     """Real prompts, on one thread and on all, beside our own scalar code and the peers."""
     name, texts = prompts()
-    texts = texts + belle_prompts()
+    more = belle_prompts()
+    name, texts = f"{name} and BELLE" if more else name, texts + more
     order = np.random.default_rng(context.seed).permutation(len(texts))
     column = pa.chunked_array([pa.array([texts[i] for i in order], pa.string())])
     yield from _beside_scalar(context, name, column)
