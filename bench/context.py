@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from peers import Answer, Peer, PeerFolder
+from peers import Answer, Peer, PeerFailed, PeerFolder
 from timing import Settings, climb, in_turn
 
 Source = np.ndarray | pa.ChunkedArray
@@ -25,10 +25,17 @@ class Context:
     seed: int
     peers: PeerFolder
     started: float = field(default_factory=time.monotonic)
+    failures: list[str] = field(default_factory=list)
+    """Peers that gave no figure, and why: named below the tables."""
 
     def say(self, text: str) -> None:
         """A line of progress on the standard error stream, with the seconds since the start."""
         print(f"[{time.monotonic() - self.started:6.1f} s] {text}", file=sys.stderr, flush=True)
+
+    def fail(self, peer: Peer, task: str, failure: PeerFailed) -> None:
+        """Notes that a peer gave no figure for a task."""
+        self.say(str(failure))
+        self.failures.append(f"{peer.title}, {task}: {failure}")
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,7 +2,7 @@
 
     slmfast bench dedup --install-peers     once: the peers, each into an environment of its own under .peers/
     slmfast bench dedup                     all cases at sizes that end in about five minutes on two cores
-    slmfast bench dedup --full              the sizes of the project's targets (hours less than a day; needs 16 GB)
+    slmfast bench dedup --full              the sizes of the project's targets (half an hour or more, and 10 GB)
     slmfast bench dedup --case join --n 5000000
 
 Joins are compared at identical sets of pairs: without them no ratio is printed and the exit code is 1. Where a peer
@@ -138,6 +138,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return install(peers)
     context = Context(k=options.k, threads=options.threads, seed=options.seed, peers=peers)
     results = run_cases(context, sizes, options.case or list(CASES))
+    for failure in context.failures:
+        print(f"no figure: {failure}")
     missing = ", ".join(peer.package for peer in peers.missing())
     if missing:
         print(f"not installed, so not measured: {missing}; slmfast bench dedup --install-peers brings them in")

@@ -140,7 +140,7 @@ def _beside(context: Context, peer: Peer, choices: list[Settings], draw: Draw, n
 
 
 def _failed(context: Context, draw: Draw, n: int, peer: Peer, failure: PeerFailed) -> Result:
-    context.say(str(failure))
+    context.fail(peer, f"join, {_name(draw)}, k={context.k}", failure)
     row = _alone(context, draw, n)
     return replace(row, case=f"{row.case}: {failure}", peer=peer.title, version=peer.version, predicted=None)
 

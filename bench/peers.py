@@ -57,6 +57,10 @@ DATA_JUICER = _peer(
 PEERS = (SIMHASH_PYBIND, FAISS, SIMHASH, GAOYA, DATA_JUICER)
 
 
+def _pins(peer: Peer) -> str:
+    return "\n".join(" ".join(packages) for packages in peer.install)
+
+
 class PeerFailed(Exception):
     """A peer crashed, ran out of time or broke the protocol; the message says which, in one line."""
 
@@ -85,8 +89,12 @@ class PeerFolder:
         return self.folder / peer.package / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 
     def has(self, peer: Peer) -> bool:
-        """Whether the peer's installation ended well."""
-        return (self.folder / peer.package / ".installed").exists()
+        """Whether the peer's installation ended well, with the versions that are pinned here."""
+        done = self._done(peer)
+        return done.exists() and done.read_text(encoding="utf-8") == _pins(peer)
+
+    def _done(self, peer: Peer) -> Path:
+        return self.folder / peer.package / ".installed"
 
     def missing(self) -> list[Peer]:
         """The peers that are not installed."""
@@ -98,12 +106,11 @@ class PeerFolder:
         Raises:
             PeerFailed: with the last line of what pip said.
         """
-        home = self.folder / peer.package
-        done = f"{peer.package}=={peer.version}\n"
-        _checked([sys.executable, "-m", "venv", str(home)], peer)
+        self._done(peer).unlink(missing_ok=True)
+        _checked([sys.executable, "-m", "venv", str(self.folder / peer.package)], peer)
         for packages in peer.install:
             _checked([str(self.python(peer)), "-m", "pip", "install", "--quiet", *packages], peer)
-        (home / ".installed").write_text(done, encoding="utf-8")
+        self._done(peer).write_text(_pins(peer), encoding="utf-8")
 
     def ask(self, peer: Peer, task: str, source: np.ndarray | pa.ChunkedArray, settings: Mapping[str, Any]) -> Answer:
         """Runs one task in the peer's environment; source is fingerprints uint64[n] or a column of texts."""

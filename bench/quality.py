@@ -99,7 +99,7 @@ def quality(context: Context, corpus: Corpus) -> Iterator[Quality]:
         try:
             answer = context.peers.ask(peer, "fingerprints", column, {"threads": context.threads})
         except PeerFailed as failure:
-            context.say(str(failure))
+            context.fail(peer, f"quality on {corpus.name}", failure)
             continue
         values, has_features = answer.value
         for k in DISTANCES:

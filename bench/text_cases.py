@@ -42,7 +42,7 @@ def fingerprint_cases(context: Context) -> Iterator[Result]:
             try:
                 yield from _fingerprints_beside(context, peer, name, column)
             except PeerFailed as failure:
-                context.say(str(failure))
+                context.fail(peer, "fingerprints", failure)
 
 
 def _beside_scalar(context: Context, name: str, column: pa.ChunkedArray) -> Iterator[Result]:
@@ -138,7 +138,7 @@ def end_to_end_case(context: Context, n: int) -> Iterator[Result]:
     try:
         met = meet(context, DATA_JUICER, "dedup", n, choices, lambda size: column.slice(0, size), ours)
     except PeerFailed as failure:
-        context.say(str(failure))
+        context.fail(DATA_JUICER, "end to end", failure)
         return
     kept = f"kept {met.our_answer.sum():,} and {met.answer.value.sum():,}"
     yield Result(

@@ -122,10 +122,11 @@ def test_a_peer_with_other_pairs_gets_no_ratio(bench, capsys, monkeypatch, tmp_p
 
 def test_a_peer_that_fails_is_a_row_that_says_why(bench, capsys, monkeypatch, tmp_path):
     install_fake(bench, monkeypatch, tmp_path, "raise SystemExit('out of luck')")
-    code, document, _ = run(bench, capsys, tmp_path, "--case", "k8", "--n", "1000")
+    code, document, before = run(bench, capsys, tmp_path, "--case", "k8", "--n", "1000")
     row = document["results"][-1]
     assert (code, row["peer"], row["theirs"], row["ratio"]) == (0, "fake peer", None, None)
     assert "fake.py ended with code 1: out of luck" in row["case"]
+    assert "no figure: fake peer, join, uniform, k=8: fake.py ended with code 1: out of luck" in before
 
 
 def test_the_prediction_stands_in_the_table_and_in_the_case(bench, capsys, monkeypatch, tmp_path):

@@ -4,6 +4,7 @@ import importlib
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -161,6 +162,7 @@ def test_a_real_peer_in_an_environment_of_its_own(peers, tmp_path):
     except peers.PeerFailed as failure:
         pytest.skip(f"{failure} (no package index within reach?)")
     assert folder.has(peers.SIMHASH) and peers.SIMHASH not in folder.missing()
+    assert not folder.has(replace(peers.SIMHASH, install=(("numpy", "simhash==9"),)))  # another version is pinned
     texts = [
         "请写一个关于狐狸的短篇故事。",
         "Write a short story about a fox.",
