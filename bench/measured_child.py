@@ -1,0 +1,68 @@
+"""Work that needs a process of its own: a join whose peak memory is taken, and fingerprints under SLMFAST_ISA.
+
+python measured_child.py join N K THREADS SEED            prints one line of JSON
+python measured_child.py fingerprints INPUT OUTPUT THREADS    prints the seconds as JSON
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from timing import best_time, stopwatch
+
+from slmfast.near_duplicates import near_pairs, simhash
+
+CHUNK = 1 << 20
+
+
+def join(n: int, k: int, threads: int, seed: int) -> dict[str, float]:
+    """Seconds, and bytes a record beyond what the process held before the join.
+
+    The fingerprints are uniform, with a near neighbour for one row in a thousand. They are drawn in place and never
+    copied, and the peak is set back before the join: what was needed to make them does not hide what the join needs.
+    """
+    values = np.empty(n, dtype=np.uint64)
+    rng = np.random.default_rng(seed)
+    for begin in range(0, n, CHUNK):
+        part = values[begin : begin + CHUNK]
+        part[:] = rng.integers(0, 2**64, len(part), dtype=np.uint64)
+        copies = len(part) // 1000
+        part[:copies] = part[copies : 2 * copies] ^ np.uint64(1 << (begin // CHUNK % 64))
+    near_pairs(values[:1000], k, threads=threads)  # loads what is loaded at the first call
+    before = _peak()
+    seconds, (i, _, _) = stopwatch(lambda: near_pairs(values, k, threads=threads))
+    extra = (_peak(reset=False) - before) / n
+    return {"n": n, "pairs": len(i), "seconds": seconds, "bytes": extra, "bytes_with_input": extra + values.itemsize}
+
+
+def _peak(*, reset: bool = True) -> int:
+    """VmHWM of this process in bytes, after setting it back to what is resident now where the system allows that."""
+    if reset:
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except PermissionError:
+            print("the peak can't be set back: memory that was held before is not counted again", file=sys.stderr)
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise OSError("/proc/self/status has no VmHWM: peak memory is measured on Linux only")
+
+
+def fingerprints(source: str, output: str, threads: int) -> dict[str, float]:
+    """Seconds for a column of texts on the instruction set that SLMFAST_ISA names; the fingerprints go to a file."""
+    with pa.OSFile(source) as file:
+        column = pa.ipc.open_file(file).read_all()["text"]
+    seconds, values = best_time(lambda: simhash(column, threads=threads))
+    np.save(output, values)
+    return {"seconds": seconds}
+
+
+if __name__ == "__main__":
+    task, *rest = sys.argv[1:]
+    if task == "join":
+        found = join(*map(int, rest))
+    else:
+        found = fingerprints(rest[0], rest[1], int(rest[2]))
+    print(json.dumps(found))

@@ -1,0 +1,135 @@
+"""How two sides are timed: the peer climbs to the largest size that it finishes, then both run in turn."""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from peers import Answer, PeerFailed
+
+ENOUGH_SECONDS = 2.0  # a side is run again until it has run for so long, at most REPEATS times
+REPEATS = 5
+STEP = 5  # a peer is tried at n / 125, n / 25, n / 5 and n
+PROMISING = 1.5  # settings expected to take so many times the shortest are still tried at n
+LEAST_ROWS = 2_000  # a smaller trial says nothing about a larger one
+
+Settings = Mapping[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Climb:
+    """The largest size that a peer finished within its limit, and its fastest settings there."""
+
+    n: int
+    settings: Settings
+    answer: Answer
+    note: str
+    """Why it is not the size that was asked for; empty where it is."""
+
+
+def sizes(n: int) -> list[int]:
+    """n and its fifths down to LEAST_ROWS, ascending."""
+    steps = [n]
+    while steps[-1] // STEP >= LEAST_ROWS:
+        steps.append(steps[-1] // STEP)
+    return steps[::-1]
+
+
+def expected(history: Sequence[tuple[int, float]], n: int) -> float:
+    """Seconds at n rows, from (rows, seconds) at smaller ones.
+
+    The last two give the power of growth, held between linear and quadratic; one alone is taken to the power 1.5.
+    """
+    if not history:
+        return 0.0
+    rows, seconds = history[-1]
+    power = 1.5
+    if len(history) > 1:
+        before, seconds_before = history[-2]
+        power = min(max(math.log(seconds / seconds_before) / math.log(rows / before), 1.0), 2.0)
+    return seconds * (n / rows) ** power
+
+
+def climb(n: int, choices: Sequence[Settings], run: Callable[[int, Settings], Answer], limit: float) -> Climb:
+    """Measures a peer at growing sizes, with all of its settings below n and the promising ones at n.
+
+    A size for which more than `limit` seconds are expected is not tried.
+
+    Raises:
+        PeerFailed: with the last failure, where no settings got through the smallest size.
+    """
+    histories: list[list[tuple[int, float]]] = [[] for _ in choices]
+    alive = list(range(len(choices)))
+    best: Climb | None = None
+    note = ""
+    for size in sizes(n):
+        able = [i for i in alive if expected(histories[i], size) <= limit]
+        if not able:
+            note = note or f"no more within {limit:.0f} s"
+            break
+        if size == n and best is not None:
+            least = min(expected(histories[i], size) for i in able)
+            able = [i for i in able if expected(histories[i], size) <= PROMISING * least]
+        measured: list[tuple[float, Climb]] = []
+        for i in able:
+            try:
+                answer = run(size, choices[i])
+            except PeerFailed as failure:
+                note = str(failure)
+                alive.remove(i)
+                continue
+            histories[i].append((size, max(answer.seconds, 1e-6)))
+            measured.append((answer.seconds, Climb(size, choices[i], answer, "")))
+        if not measured:
+            break
+        best, note = min(measured, key=lambda one: one[0])[1], ""
+    if best is None:
+        raise PeerFailed(note)
+    return best if best.n == n else Climb(best.n, best.settings, best.answer, note)
+
+
+def stopwatch(call: Callable[[], Any]) -> tuple[float, Any]:
+    """The wall time of one call in seconds, and what it gave."""
+    start = time.perf_counter()
+    answer = call()
+    return time.perf_counter() - start, answer
+
+
+def best_time(call: Callable[[], Any]) -> tuple[float, Any]:
+    """The shortest wall time of a few calls, in seconds, and what the last one gave."""
+    best, total = math.inf, 0.0
+    answer = None
+    for _ in range(REPEATS):
+        seconds, answer = stopwatch(call)
+        best, total = min(best, seconds), total + seconds
+        if total >= ENOUGH_SECONDS:
+            break
+    return best, answer
+
+
+def race(first: Callable[[], Any], second: Callable[[], Any]) -> tuple[float, float]:
+    """The shortest times of two calls that take turns, so that neither alone meets a disturbance of the machine."""
+    times: tuple[list[float], list[float]] = ([], [])
+    for _ in range(2 * REPEATS):
+        for call, taken in zip((first, second), times, strict=True):
+            taken.append(stopwatch(call)[0])
+        if sum(times[0]) + sum(times[1]) >= 2 * ENOUGH_SECONDS:
+            break
+    return min(times[0]), min(times[1])
+
+
+def in_turn(ours: Callable[[], Any], theirs: Callable[[], Answer], first: Answer) -> tuple[float, Any, float]:
+    """Both sides' shortest times: ours, then theirs again, until each has run for long enough.
+
+    `first` is a run of theirs that counts: a slow peer runs once. Returns (our seconds, our answer, their seconds).
+    """
+    our_best, our_answer = best_time(ours)
+    their_best = their_total = first.seconds
+    for _ in range(REPEATS - 1):
+        if their_total >= ENOUGH_SECONDS:
+            break
+        seconds = theirs().seconds
+        their_best, their_total = min(their_best, seconds), their_total + seconds
+        our_best = min(our_best, stopwatch(ours)[0])
+    return our_best, our_answer, their_best
