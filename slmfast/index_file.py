@@ -6,6 +6,7 @@ old file, and renamed over it. Where the system has no flock (Windows), one proc
 """
 
 import os
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -87,22 +88,21 @@ class IndexFile:
         except Damage:  # or somebody copied another index over it: reading it whole will tell
             return None
 
-    def _read_commit(self, file: BinaryIO) -> tuple[bytes, Commit]:
-        for _ in range(2):  # a writer may be at the record while it is read
-            with suppress(Damage):
-                return self._parsed_commit(file)
-            time.sleep(0.001)
-        return self._parsed_commit(file)
-
-    def _parsed_commit(self, file: BinaryIO) -> tuple[bytes, Commit]:
-        file.seek(0)
-        prefix = file.read(index_format.PREFIX)
-        version, ours = index_format.parse_version(prefix), index_format.VERSION
-        if version is None:
-            raise UserError(f"{self.path} is not a dedup index; {_REMEDY}")
-        if version != ours:
-            raise UserError(f"{self.path} is a dedup index of version {version}, not {ours}; {_REMEDY}")
-        return prefix, index_format.parse_commit(prefix, os.fstat(file.fileno()).st_size)
+    def _read_commit(self, file: BinaryIO | FileIO) -> tuple[bytes, Commit]:
+        prefix = b""
+        while True:
+            file.seek(0)
+            before, prefix = prefix, file.read(index_format.PREFIX)
+            version, ours = index_format.parse_version(prefix), index_format.VERSION
+            if version is None:
+                raise UserError(f"{self.path} is not a dedup index; {_REMEDY}")
+            if version != ours:
+                raise UserError(f"{self.path} is a dedup index of version {version}, not {ours}; {_REMEDY}")
+            try:
+                return prefix, index_format.parse_commit(prefix, os.fstat(file.fileno()).st_size)
+            except Damage:
+                if prefix == before:  # else a writer may have been at the record while it was read
+                    raise
 
     @contextmanager
     def writing(self) -> Iterator[Callable[[Columns], None]]:
@@ -124,12 +124,18 @@ class IndexFile:
     def _locked(self) -> Iterator[FileIO]:
         deadline = time.monotonic() + LOCK_SECONDS
         while True:
-            with self._explained("written"):
+            with self._explained():
                 file = self._open()
-            with file, _lock(file) as ours:
-                if ours and self._in_place(file):
-                    yield file
-                    return
+            with file:
+                with self._explained():
+                    ours = _try_lock(file)
+                try:
+                    if ours and self._in_place(file):
+                        yield file
+                        return
+                finally:
+                    if ours:
+                        _unlock(file)
             if time.monotonic() > deadline:
                 raise UserError(f"{self.path}: another process is writing to the index; add the same texts again later")
             time.sleep(0.02)
@@ -140,17 +146,30 @@ class IndexFile:
         except FileNotFoundError:
             if self._commit is not None:
                 raise UserError(f"{self.path} is gone: open the index anew to begin an empty one") from None
-        # A whole file takes the name, and only if nobody else's has.
+        self._create()
+        return self.path.open("r+b", buffering=0)
+
+    def _create(self) -> None:
+        """Gives the name to a whole file without rows, unless somebody else has done so meanwhile."""
         temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
         try:
             with temporary.open("wb") as file:
                 file.write(index_format.new_file(self._settings)[0])
                 _put_on_disk(file)
-            with suppress(FileExistsError):
+            try:
                 os.link(temporary, self.path)
+            except FileExistsError:
+                return
+            except OSError:  # a file system without hard links
+                if not self.path.exists():
+                    temporary.replace(self.path)
+            folder = os.open(self.path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
         finally:
             temporary.unlink(missing_ok=True)
-        return self.path.open("r+b", buffering=0)
 
     def _in_place(self, file: FileIO) -> bool:
         """Whether the path still leads to this file: another writer may have put a merged one in its place."""
@@ -163,39 +182,38 @@ class IndexFile:
         before = self._commit
         if before is None or self._read_commit(file)[1] != before:  # nothing but the lock prevents it
             raise UserError(f"{self.path} was written to by another process meanwhile: add the same texts again")
-        with self._explained("written"):
+        with self._explained():
             try:
                 segment, commit = index_format.write_segment(file, before, columns)
                 _put_on_disk(file)
-            except BaseException:
-                with suppress(OSError):  # what stays behind the committed end does no harm, but takes room
+                grown = [*self.segments, segment]
+                index_format.write_commit(file, commit)
+                _put_on_disk(file)
+            except BaseException:  # nothing is added, and the room is given back
+                with suppress(OSError):
+                    index_format.write_commit(file, before)
                     file.truncate(before.end)
                 raise
-            index_format.write_commit(file, commit)
-            _put_on_disk(file)
-        self.segments = [*self.segments, segment]
-        self._commit = commit
+        self.segments, self._commit = grown, commit
 
     def _merge(self) -> None:
         """Writes all segments anew as one."""
-        with (
-            self._explained("written"),
-            atomic_path(self.path) as temporary,
-            temporary.open("w+b", buffering=0) as file,
-        ):
-            content, empty = index_format.new_file(self._settings)
+        path = self.path.resolve()  # a link stays a link
+        content, empty = index_format.new_file(self._settings)
+        with self._explained(), atomic_path(path) as temporary, temporary.open("w+b", buffering=0) as file:
+            shutil.copymode(path, temporary)
             file.write(content)
             _, commit = index_format.write_segment(file, empty, _all_columns(self.segments))
             index_format.write_commit(file, commit)
 
     @contextmanager
-    def _explained(self, what: str) -> Iterator[None]:
+    def _explained(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
             folder = self.path.parent
             raise UserError(
-                f"{self.path}: the index can't be {what} ({_reason(error)}); "
+                f"{self.path}: the index can't be written ({_reason(error)}); "
                 f"see that it and the folder {folder} exist, may be written to and have room"
             ) from error
 
@@ -214,24 +232,23 @@ def _all_columns(segments: list[Segment]) -> Columns:
     return Columns(rows, pieces("ids"), pieces("fingerprints"), pieces("states"), texts())
 
 
-@contextmanager
-def _lock(file: FileIO) -> Iterator[bool]:
-    """Whether the file is ours to write meanwhile."""
+def _try_lock(file: FileIO) -> bool:
+    """Whether the file is ours to write until it is unlocked."""
     if fcntl is None:
-        yield True
-        return
+        return True
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        yield False
-        return
-    try:
-        yield True
-    finally:  # closing would not do: what is mapped through the file holds the lock too
+        return False
+    return True
+
+
+def _unlock(file: FileIO) -> None:
+    if fcntl is not None:  # closing would not do: what is mapped through the file holds the lock too
         fcntl.flock(file, fcntl.LOCK_UN)
 
 
-def _put_on_disk(file: BinaryIO) -> None:
+def _put_on_disk(file: BinaryIO | FileIO) -> None:
     file.flush()
     os.fsync(file.fileno())
 

@@ -339,3 +339,22 @@ def test_stored_columns_are_what_was_added(stored):
     expected = ["a short text", "请写一首关于春天的短诗", "ünïcödé 1⁄2 and fine", "ab"]
     assert texts == [*expected, "a third text, in a segment of its own"]
     assert not any(np.shares_memory(segments[0].ids, segment.ids) for segment in segments[1:])
+
+
+def test_a_merge_keeps_links_and_permissions(stored, monkeypatch):
+    monkeypatch.setattr(index_file, "MOST_SEGMENTS", 2)
+    stored.chmod(0o640)
+    link = stored.with_name("link.index")
+    link.symlink_to(stored.name)
+    DedupIndex(link).add(["a text that is one too many"], [50])
+    assert link.is_symlink() and stored.stat().st_mode & 0o777 == 0o640
+    index = DedupIndex(stored)
+    assert len(index._file.segments) == 2 and len(index) == 6
+    assert index.add([TEXTS[1], "a third text, in a segment of its own"], [51, 52]).duplicate_of.tolist() == [-3, 0]
+
+
+def test_a_file_system_without_hard_links_will_do(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(PermissionError(1, "Operation not permitted")))
+    DedupIndex(tmp_path / "kept.index").add(["a text"], [1])
+    assert len(DedupIndex(tmp_path / "kept.index")) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["kept.index"]
