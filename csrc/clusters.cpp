@@ -2,128 +2,18 @@
 
 #include <algorithm>
 #include <atomic>
-#include <limits>
 #include <mutex>
 #include <numeric>
 
-#include "grouping.hpp"
+#include "equal_texts.hpp"
 #include "hamming_join.hpp"
 #include "jaccard.hpp"
+#include "nodes.hpp"
 #include "parallel.hpp"
+#include "stored_rows.hpp"
 
 namespace slmfast {
 namespace {
-
-using Row = std::uint32_t;
-using Node = std::uint32_t;  // a position in the list of nodes, which is in row order
-
-struct Input {
-    NormalisedTexts texts;
-    const std::uint64_t* fingerprints;
-    const RowState* states;
-    ClusterOptions options;
-};
-
-// --- Equal texts ------------------------------------------------------------------------------------------------
-
-// Finds the first row of equal normalised text among rows of one fingerprint.
-class EqualTexts {
-public:
-    explicit EqualTexts(const Input& in) : in_(in) {}
-
-    // Writes first[row] for the rows [begin, end), which ascend.
-    void group(const Row* begin, const Row* end, std::int64_t* first) {
-        keyed_.clear();
-        for (const Row* at = begin + 1; at != end; ++at) {
-            if (same_bytes(*begin, *at)) {
-                first[*at] = *begin;
-            } else {
-                keyed_.push_back({key(*at), *at});
-            }
-        }
-        if (keyed_.empty()) return;
-        keyed_.push_back({key(*begin), *begin});
-        std::sort(keyed_.begin(), keyed_.end());
-        for (std::size_t from = 0; from < keyed_.size();) {
-            std::size_t to = from;
-            while (to < keyed_.size() && keyed_[to].first == keyed_[from].first) ++to;
-            settle(from, to, first);
-            from = to;
-        }
-    }
-
-private:
-    // Rows of one key are equal but for a collision of hashes: each goes to the first that it truly equals.
-    void settle(std::size_t from, std::size_t to, std::int64_t* first) {
-        std::vector<Row> distinct;
-        for (std::size_t i = from; i < to; ++i) {
-            const Row row = keyed_[i].second;
-            const auto equal =
-                std::find_if(distinct.begin(), distinct.end(), [&](Row other) { return same(other, row); });
-            first[row] = equal == distinct.end() ? row : *equal;
-            if (first[row] == row) distinct.push_back(row);
-        }
-    }
-
-    // With plain SimHash, equal fingerprints are enough for rows with enough grams.
-    bool by_fingerprint(Row row) const { return !in_.options.verified && in_.states[row] == RowState::full; }
-
-    bool same_bytes(Row a, Row b) const {
-        if (by_fingerprint(a) && by_fingerprint(b)) return true;
-        return !in_.texts.is_replaced(a) && !in_.texts.is_replaced(b) && (*in_.texts.raw)[a] == (*in_.texts.raw)[b];
-    }
-
-    bool same(Row a, Row b) {
-        if (by_fingerprint(a) || by_fingerprint(b)) return by_fingerprint(a) && by_fingerprint(b);
-        in_.texts.read(a, one_);
-        in_.texts.read(b, two_);
-        return one_ == two_;
-    }
-
-    std::uint64_t key(Row row) {
-        if (by_fingerprint(row)) return 0;
-        in_.texts.read(row, one_);
-        std::uint64_t hash = one_.size();
-        for (const char32_t c : one_) hash = mix(hash ^ c);
-        return hash;
-    }
-
-    const Input& in_;
-    CodePoints one_;
-    CodePoints two_;
-    std::vector<std::pair<std::uint64_t, Row>> keyed_;
-};
-
-bool has_fingerprint(RowState state) { return state == RowState::few || state == RowState::full; }
-
-// first[row] = the first row of equal text, where there is one before; rows stand for themselves on entry.
-void find_equal_texts(const Input& in, std::int64_t n, std::int64_t* first) {
-    for_each_equal(in.fingerprints, static_cast<std::size_t>(n), in.options.threads,
-                   [&](Row row) { return has_fingerprint(in.states[row]); },
-                   [&](const Row* begin, const Row* end) { EqualTexts(in).group(begin, end, first); });
-}
-
-// --- Nodes ------------------------------------------------------------------------------------------------------
-
-// The nodes that take part in a join: first rows of equal texts, in row order.
-struct Nodes {
-    std::vector<Row> rows;
-    std::vector<std::uint64_t> fingerprints;
-
-    // Of the first n rows those for which `wanted` holds.
-    template <class Wanted>
-    Nodes(const Input& in, std::int64_t n, Wanted&& wanted) {
-        std::size_t count = 0;
-        for (std::int64_t row = 0; row < n; ++row) count += wanted(row);
-        rows.reserve(count);
-        fingerprints.reserve(count);
-        for (std::int64_t row = 0; row < n; ++row) {
-            if (!wanted(row)) continue;
-            rows.push_back(static_cast<Row>(row));
-            fingerprints.push_back(in.fingerprints[row]);
-        }
-    }
-};
 
 // Verifies pairs of nodes, with one Jaccard a thread.
 class Verifier {
@@ -150,125 +40,6 @@ std::vector<std::uint64_t> gather(const Nodes& nodes, const std::vector<Node>& s
     for (const Node node : some) fingerprints.push_back(nodes.fingerprints[node]);
     return fingerprints;
 }
-
-// --- Stored rows ------------------------------------------------------------------------------------------------
-
-using Place = std::int64_t;  // of a stored row, counted through the spans
-
-// The stored rows as one sequence, though each span lies where it is.
-class Stored {
-public:
-    explicit Stored(const std::vector<StoredSpan>& spans) : spans_(spans) {
-        for (const StoredSpan& span : spans) {
-            begins_.push_back(size_);
-            size_ += static_cast<Place>(span.size);
-        }
-    }
-
-    struct At {
-        const StoredSpan& span;
-        std::int64_t row;
-    };
-
-    At operator[](Place place) const {
-        const auto after = std::upper_bound(begins_.begin(), begins_.end(), place);
-        const auto span = static_cast<std::size_t>(after - begins_.begin()) - 1;
-        return {spans_[span], place - begins_[span]};
-    }
-
-    std::uint64_t fingerprint(Place place) const {
-        const auto [span, row] = (*this)[place];
-        return span.fingerprints[row];
-    }
-
-    // Calls visit(first place, fingerprints, count) for all rows in order; small spans are gathered, large ones are
-    // given as they lie.
-    template <class Visit>
-    void for_each_batch(Visit&& visit) const {
-        constexpr std::size_t kLarge = std::size_t{1} << 16;
-        std::vector<std::uint64_t> gathered;
-        const auto flush = [&](Place end) {
-            if (!gathered.empty()) visit(end - static_cast<Place>(gathered.size()), gathered.data(), gathered.size());
-            gathered.clear();
-        };
-        for (std::size_t i = 0; i < spans_.size(); ++i) {
-            const StoredSpan& span = spans_[i];
-            if (span.size >= kLarge || gathered.size() + span.size > kLarge) flush(begins_[i]);
-            if (span.size >= kLarge) {
-                visit(begins_[i], span.fingerprints, span.size);
-            } else {
-                gathered.insert(gathered.end(), span.fingerprints, span.fingerprints + span.size);
-            }
-        }
-        flush(size_);
-    }
-
-private:
-    const std::vector<StoredSpan>& spans_;
-    std::vector<Place> begins_;  // the first place of each span; of several that share one, only the last has rows
-    Place size_ = 0;
-};
-
-// Finds the earliest stored row that claims each of the asking rows, which are firsts of their texts.
-class StoredClaims : public PairSink {
-public:
-    StoredClaims(const Input& in, const Stored& stored, const Nodes& asking)
-        : in_(in), stored_(stored), asking_(asking), best_(asking.rows.size()) {
-        for (auto& best : best_) best.store(kNone, std::memory_order_relaxed);
-        for (unsigned thread = 0; thread < in.options.threads; ++thread)
-            scratch_.emplace_back(in.options.ngram, in.options.isa);
-    }
-
-    // Writes -1 - place to duplicate_of of every row that is claimed.
-    void run(std::int64_t* duplicate_of) {
-        stored_.for_each_batch([&](Place first, const std::uint64_t* fingerprints, std::size_t count) {
-            first_ = first;
-            cross_join(fingerprints, count, asking_.fingerprints.data(), asking_.rows.size(), in_.options.k,
-                       in_.options.threads, in_.options.isa, *this);
-        });
-        for (std::size_t i = 0; i < best_.size(); ++i) {
-            const Place place = best_[i].load(std::memory_order_relaxed);
-            if (place != kNone) duplicate_of[asking_.rows[i]] = -1 - place;
-        }
-    }
-
-    bool take(unsigned thread, std::uint32_t a, std::uint32_t b) override {
-        const Place candidate = first_ + a;
-        Place known = best_[b].load(std::memory_order_relaxed);
-        if (candidate >= known || !claims(scratch_[thread], candidate, asking_.rows[b])) return true;
-        while (candidate < known && !best_[b].compare_exchange_weak(known, candidate)) {}
-        return true;
-    }
-
-private:
-    static constexpr Place kNone = std::numeric_limits<Place>::max();
-
-    struct Scratch {
-        Scratch(int ngram, Isa isa) : jaccard(ngram, isa) {}
-        Jaccard jaccard;
-        CodePoints one;
-        CodePoints two;
-    };
-
-    // For rows within k: texts with few grams must be equal, the others similar.
-    bool claims(Scratch& scratch, Place place, Row row) const {
-        const auto [span, at] = stored_[place];
-        if (span.states[at] != in_.states[row]) return false;
-        if (in_.states[row] == RowState::full)
-            return !in_.options.verified || scratch.jaccard(span.texts, at, in_.texts, row) >= in_.options.verify;
-        if (span.fingerprints[at] != in_.fingerprints[row]) return false;
-        span.texts.read(at, scratch.one);
-        in_.texts.read(row, scratch.two);
-        return scratch.one == scratch.two;
-    }
-
-    const Input& in_;
-    const Stored& stored_;
-    const Nodes& asking_;
-    Place first_ = 0;  // of the batch being joined
-    std::vector<std::atomic<Place>> best_;
-    std::vector<Scratch> scratch_;
-};
 
 // --- Representatives --------------------------------------------------------------------------------------------
 
@@ -502,7 +273,7 @@ void cluster(const NormalisedTexts& texts, const std::uint64_t* fingerprints, co
         const Nodes asking(in, n, [&](std::int64_t row) {
             return has_fingerprint(states[row]) && duplicate_of[row] == row;
         });
-        StoredClaims(in, stored, asking).run(duplicate_of);
+        claim_by_stored(in, stored, asking, duplicate_of);
     }
     const Nodes nodes(in, n, [&](std::int64_t row) {
         return states[row] == RowState::full && duplicate_of[row] == row;
