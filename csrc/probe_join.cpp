@@ -26,13 +26,26 @@ using Probe = void (*)(const View& table, const std::uint64_t* values, std::size
 // Inlined into one function an instruction set, and `which` into it: most lookups compare less than a vector.
 __attribute__((always_inline)) inline void probe_with(Which which, const View& table, const std::uint64_t* values,
                                                       std::size_t n, int k, std::vector<std::uint64_t>& hits) {
+    constexpr std::size_t kAhead = 32;  // lookups begun before one is finished: a large table is not in the cache
     std::uint32_t found[kScanBlock];
-    for (std::size_t i = 0; i < n; ++i) {
-        const std::size_t key = table.block.key(values[i], 0, table.bits);
-        const std::size_t end = table.begins[key + 1];
-        for (std::size_t from = table.begins[key]; from < end; from += kScanBlock) {
-            const std::size_t count = which(values[i], table.fp + from, std::min(kScanBlock, end - from), k, found);
-            for (std::size_t hit = 0; hit < count; ++hit) hits.push_back(std::uint64_t{i} << 32 | (from + found[hit]));
+    std::uint32_t begins[kAhead];
+    std::uint32_t ends[kAhead];
+    for (std::size_t base = 0; base < n; base += kAhead) {
+        const std::size_t some = std::min(kAhead, n - base);
+        for (std::size_t i = 0; i < some; ++i) {
+            const std::size_t key = table.block.key(values[base + i], 0, table.bits);
+            begins[i] = table.begins[key];
+            ends[i] = table.begins[key + 1];
+            __builtin_prefetch(table.fp + begins[i]);
+            __builtin_prefetch(table.fp + ends[i]);
+        }
+        for (std::size_t i = 0; i < some; ++i) {
+            for (std::size_t from = begins[i]; from < ends[i]; from += kScanBlock) {
+                const std::size_t length = std::min<std::size_t>(kScanBlock, ends[i] - from);
+                const std::size_t count = which(values[base + i], table.fp + from, length, k, found);
+                for (std::size_t hit = 0; hit < count; ++hit)
+                    hits.push_back(std::uint64_t{base + i} << 32 | (from + found[hit]));
+            }
         }
     }
 }
