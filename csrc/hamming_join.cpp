@@ -19,6 +19,8 @@ namespace {
 constexpr int kFanBits = 10;               // later partitions, in cache
 constexpr std::size_t kScratch = 262'144;  // most fingerprints in a thread's scratch
 constexpr std::size_t kPlain = 8;          // leaves in a group that is not worth a new plan
+constexpr std::size_t kSample = 256;       // fingerprints whose bits are counted before a group is planned anew
+constexpr std::size_t kLargeSample = 4096; // ... and before the first plan
 constexpr std::size_t kFew = 8;            // so few against many are compared faster than the many are partitioned
 
 // Scratch for partitions of groups that fit in a core's cache: taken and given back like a stack.
@@ -201,7 +203,8 @@ private:
         const std::uint64_t varying = (all ^ any) & ~equal;
         for (const std::uint64_t block : differ_)
             if ((block & varying) == 0) return;  // a skipped block that cannot differ: these pairs belong elsewhere
-        const Plan plan = make_plan(work_of(left.size, right.size, cross_), costs_, varying, k_);
+        const Spread spread = spread_of(left.fp, left.size, right.fp, right.size, kSample);
+        const Plan plan = make_plan(work_of(left.size, right.size, cross_), costs_, spread, k_);
         if (plan.required == 0) return brute(left, right, equal, 0, left.size);
         descend(left, right, plan, {0, 0, 0, equal});
     }
@@ -218,18 +221,6 @@ private:
     std::uint32_t hits_[kScanBlock];
 };
 
-std::uint64_t varying_bits(const std::uint64_t* a, std::size_t n_a, const std::uint64_t* b, std::size_t n_b) {
-    std::uint64_t all = ~std::uint64_t{0};
-    std::uint64_t any = 0;
-    for (const auto& [values, n] : {std::pair{a, n_a}, std::pair{b, n_b}}) {
-        for (std::size_t i = 0; i < n; ++i) {
-            all &= values[i];
-            any |= values[i];
-        }
-    }
-    return all ^ any;
-}
-
 bool join(const std::uint64_t* left, std::size_t n_left, const std::uint64_t* right, std::size_t n_right, bool cross,
           int k, unsigned threads, Isa isa, PairSink& sink) {
     if (n_left == 0 || (cross && n_right == 0)) return true;
@@ -240,7 +231,7 @@ bool join(const std::uint64_t* left, std::size_t n_left, const std::uint64_t* ri
     Side a(left, n_left);
     Side b(right, n_right);
     const Work work = work_of(n_left, n_right, cross);
-    const Plan plan = make_plan(work, costs_on(isa), varying_bits(left, n_left, right, n_right), k);
+    const Plan plan = make_plan(work, costs_on(isa), spread_of(left, n_left, right, n_right, kLargeSample), k);
     if (plan.required == 0) {
         const Group some = a.all();
         const Group others = b.all();

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <utility>
 
 #include "hamming_join.hpp"
 
@@ -13,10 +14,10 @@ constexpr int kTopBits = 12;             // ... and makes at most 2^12
 constexpr int kMostBlocks = 24;          // more blocks never paid under the cost model
 constexpr double kPass = 2e4;            // nanoseconds to hand a first partition to the threads
 
-// Expected nanoseconds of a join of uniform values of `width` bits with m blocks.
+// Expected nanoseconds of a join of values that `width` even bits tell apart, with m blocks.
 // There are C(k + t, t) ways to choose the first t equal blocks; each leaves a share of 2^(-t width / m) of the others.
-double expected_cost(const Work& work, const Costs& costs, int width, int k, int m) {
-    const int block = m == 0 ? 0 : width / m;
+double expected_cost(const Work& work, const Costs& costs, double width, int k, int m) {
+    const int block = m == 0 ? 0 : static_cast<int>(width) / m;
     double ways = 1.0;
     double group = work.others;
     double cost = m > k ? kPass * (k + 1) : 0.0;
@@ -25,7 +26,7 @@ double expected_cost(const Work& work, const Costs& costs, int width, int k, int
         const bool cut_twice = depth == 1 && block - top_bits(work.others, block) > (m > k + 1 ? kSpareBits : 0);
         const bool far = group > 2.0 * static_cast<double>(kBucket);  // not in a core's own cache
         cost += ways * work.moved * ((far ? costs.top : costs.move) + (cut_twice ? costs.move : 0.0));
-        const double narrowed = work.others * std::exp2(-static_cast<double>(depth * width) / m);
+        const double narrowed = work.others * std::exp2(-depth * width / m);
         group = std::max(narrowed, 0.75 * static_cast<double>(costs.target));
     }
     return cost + ways * work.moved * (costs.visit + group / 2 * costs.compare);
@@ -53,31 +54,62 @@ int top_bits(double n, int width) {
     return bits;
 }
 
-std::vector<Block> cut(std::uint64_t bits, int m) {
+Spread Spread::even() {
+    Spread spread{{}, 64.0};
+    std::fill(spread.bits, spread.bits + 64, 1.0);
+    return spread;
+}
+
+Spread spread_of(const std::uint64_t* a, std::size_t n_a, const std::uint64_t* b, std::size_t n_b, std::size_t sample) {
+    std::uint32_t ones[64] = {};
+    std::size_t count = 0;
+    for (const auto& [values, n] : {std::pair{a, n_a}, std::pair{b, n_b}}) {
+        const std::size_t step = std::max<std::size_t>(1, n / sample);
+        for (std::size_t i = 0; i < n; i += step, ++count)
+            for (unsigned bit = 0; bit < 64; ++bit) ones[bit] += static_cast<std::uint32_t>(values[i] >> bit & 1);
+    }
+    Spread spread{{}, 0.0};
+    for (unsigned bit = 0; bit < 64; ++bit) {
+        const double share = static_cast<double>(ones[bit]) / static_cast<double>(count);
+        spread.bits[bit] = -std::log2(share * share + (1.0 - share) * (1.0 - share));
+        spread.total += spread.bits[bit];
+    }
+    return spread;
+}
+
+std::vector<Block> cut(const Spread& spread, int m) {
     std::vector<std::uint64_t> masks(static_cast<std::size_t>(m), 0);
-    const int total = __builtin_popcountll(bits);
-    for (int place = 0; bits != 0; bits &= bits - 1, ++place)
-        masks[static_cast<std::size_t>(place * m / total)] |= bits & (0 - bits);
+    double before = 0.0;
+    for (unsigned bit = 0; bit < 64; ++bit) {
+        const double middle = before + spread.bits[bit] / 2;
+        const auto block = static_cast<std::size_t>(middle / spread.total * m);
+        if (spread.bits[bit] > 0.0) masks[std::min(block, masks.size() - 1)] |= std::uint64_t{1} << bit;
+        before += spread.bits[bit];
+    }
+    masks.erase(std::remove(masks.begin(), masks.end(), 0), masks.end());
     return {masks.begin(), masks.end()};
 }
 
-Choice choose(const Work& work, const Costs& costs, int width, int k) {
-    Choice best{0, expected_cost(work, costs, width, k, k)};
-    for (int m = k + 1; m <= std::min(width, kMostBlocks); ++m) {
-        const double cost = expected_cost(work, costs, width, k, m);
+Choice choose(const Work& work, const Costs& costs, const Spread& spread, int k) {
+    Choice best{0, expected_cost(work, costs, spread.total, k, k)};
+    for (int m = k + 1; m <= std::min(static_cast<int>(spread.total), kMostBlocks); ++m) {
+        const double cost = expected_cost(work, costs, spread.total, k, m);
         if (cost < best.nanoseconds) best = {m, cost};
     }
     return best;
 }
 
-Plan make_plan(const Work& work, const Costs& costs, std::uint64_t varying, int k) {
-    const int blocks = choose(work, costs, __builtin_popcountll(varying), k).blocks;
-    if (blocks == 0) return {};
-    return {cut(varying, blocks), static_cast<std::size_t>(blocks - k)};
+Plan make_plan(const Work& work, const Costs& costs, const Spread& spread, int k) {
+    const int m = choose(work, costs, spread, k).blocks;
+    if (m == 0) return {};
+    std::vector<Block> blocks = cut(spread, m);
+    const std::size_t all = blocks.size();
+    if (all <= static_cast<std::size_t>(k)) return {};
+    return {std::move(blocks), all - static_cast<std::size_t>(k)};
 }
 
 JoinPlan join_plan(std::size_t n, int k, Isa isa) {
-    const Choice best = choose(work_of(n, 0, false), costs_on(isa), 64, k);
+    const Choice best = choose(work_of(n, 0, false), costs_on(isa), Spread::even(), k);
     return {best.blocks, best.blocks == 0 ? 0 : best.blocks - k, best.nanoseconds * 1e-9};
 }
 

@@ -30,6 +30,18 @@ struct Costs {
 
 Costs costs_on(Isa isa);
 
+// How much each bit tells fingerprints apart, as minus the binary logarithm of the chance that two agree on it: 1 where
+// zeros and ones are even, 0 where all are the same. Bits in which a crowd of near-duplicates hardly varies count little.
+struct Spread {
+    double bits[64];
+    double total;
+
+    static Spread even();  // of uniform fingerprints
+};
+
+// Of two arrays together, from a sample of each; either may be empty.
+Spread spread_of(const std::uint64_t* a, std::size_t n_a, const std::uint64_t* b, std::size_t n_b, std::size_t sample);
+
 // The size of a join: each of `moved` fingerprints is compared with the members of its group, `others` at first.
 struct Work {
     double moved;
@@ -43,14 +55,13 @@ struct Choice {
     double nanoseconds = 0.0;
 };
 
-// The cheapest m for uniform values of `width` bits.
-Choice choose(const Work& work, const Costs& costs, int width, int k);
+// The cheapest m for values that differ as `spread` says.
+Choice choose(const Work& work, const Costs& costs, const Spread& spread, int k);
 
-// The cheapest plan over the bits that vary.
-Plan make_plan(const Work& work, const Costs& costs, std::uint64_t varying, int k);
+Plan make_plan(const Work& work, const Costs& costs, const Spread& spread, int k);
 
-// Cuts the set bits of `bits` into m blocks of nearly equal width, from the lowest up.
-std::vector<Block> cut(std::uint64_t bits, int m);
+// Cuts the bits that vary into m blocks of nearly equal spread, from the lowest up. m <= spread.total.
+std::vector<Block> cut(const Spread& spread, int m);
 
 // Bits by which the first, parallel partition cuts n fingerprints.
 int top_bits(double n, int width);

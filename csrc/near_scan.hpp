@@ -62,8 +62,10 @@ inline std::size_t first_within_scalar(const std::uint64_t* fp, std::size_t n, i
 
 #if defined(__x86_64__)
 
+#define SLMFAST_AVX2 __attribute__((target("avx2,popcnt")))
+
 // Popcount by nibbles from a table, summed over each 64-bit lane (Mula, Kurz and Lemire, 2018).
-__attribute__((target("avx2,popcnt"))) inline __m256i distance_avx2(__m256i a, __m256i b) {
+SLMFAST_AVX2 inline __m256i distance_avx2(__m256i a, __m256i b) {
     const __m256i table = _mm256_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4,  //
                                            0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4);
     const __m256i nibble = _mm256_set1_epi8(15);
@@ -73,15 +75,15 @@ __attribute__((target("avx2,popcnt"))) inline __m256i distance_avx2(__m256i a, _
     return _mm256_sad_epu8(_mm256_add_epi8(low, high), _mm256_setzero_si256());
 }
 
-__attribute__((target("avx2,popcnt"))) inline __m256i broadcast_avx2(std::uint64_t value) {
+SLMFAST_AVX2 inline __m256i broadcast_avx2(std::uint64_t value) {
     return _mm256_set1_epi64x(static_cast<long long>(value));
 }
 
-__attribute__((target("avx2,popcnt"))) inline __m256i load_avx2(const std::uint64_t* from) {
+SLMFAST_AVX2 inline __m256i load_avx2(const std::uint64_t* from) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
 }
 
-__attribute__((target("avx2,popcnt"))) inline std::size_t which_avx2(std::uint64_t from, const std::uint64_t* to,
+SLMFAST_AVX2 inline std::size_t which_avx2(std::uint64_t from, const std::uint64_t* to,
                                                                      std::size_t n, int k, std::uint32_t* hits) {
     const __m256i here = broadcast_avx2(from);
     const __m256i limit = _mm256_set1_epi64x(k);
@@ -100,7 +102,7 @@ __attribute__((target("avx2,popcnt"))) inline std::size_t which_avx2(std::uint64
     return count;
 }
 
-__attribute__((target("avx2,popcnt"))) inline std::size_t first_between_avx2(const std::uint64_t* a, std::size_t n_a,
+SLMFAST_AVX2 inline std::size_t first_between_avx2(const std::uint64_t* a, std::size_t n_a,
                                                                              const std::uint64_t* b, std::size_t n_b,
                                                                              int k, std::size_t from) {
     const __m256i beyond = _mm256_set1_epi64x(k + 1);
@@ -124,7 +126,7 @@ __attribute__((target("avx2,popcnt"))) inline std::size_t first_between_avx2(con
     return n_a;
 }
 
-__attribute__((target("avx2,popcnt"))) inline std::size_t first_within_avx2(const std::uint64_t* fp, std::size_t n,
+SLMFAST_AVX2 inline std::size_t first_within_avx2(const std::uint64_t* fp, std::size_t n,
                                                                             int k, std::size_t from) {
     for (; from < n; from += 4) {
         const std::size_t end = std::min(n, from + 4);

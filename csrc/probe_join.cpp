@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <numeric>
 #include <utility>
 #include <vector>
 
@@ -20,51 +21,70 @@ struct View {
     const std::uint64_t* fp;
 };
 
+constexpr std::size_t kWindow = 16;  // members compared at once; nearly all parts of a table are smaller
+
+// Whether one of kWindow members lies within distance k.
+using AnyInWindow = bool (*)(std::uint64_t value, const std::uint64_t* members, int k);
 using Probe = void (*)(const View& table, const std::uint64_t* values, std::size_t n, int k,
                        std::vector<std::uint64_t>& hits);
 
-// Inlined into one function an instruction set, and `which` into it: most lookups compare less than a vector.
-__attribute__((always_inline)) inline void probe_with(Which which, const View& table, const std::uint64_t* values,
-                                                      std::size_t n, int k, std::vector<std::uint64_t>& hits) {
-    constexpr std::size_t kAhead = 32;  // lookups begun before one is finished: a large table is not in the cache
-    std::uint32_t found[kScanBlock];
-    std::uint32_t begins[kAhead];
-    std::uint32_t ends[kAhead];
-    for (std::size_t base = 0; base < n; base += kAhead) {
-        const std::size_t some = std::min(kAhead, n - base);
-        for (std::size_t i = 0; i < some; ++i) {
-            const std::size_t key = table.block.key(values[base + i], 0, table.bits);
-            begins[i] = table.begins[key];
-            ends[i] = table.begins[key + 1];
-            __builtin_prefetch(table.fp + begins[i]);
-            __builtin_prefetch(table.fp + ends[i]);
-        }
-        for (std::size_t i = 0; i < some; ++i) {
-            for (std::size_t from = begins[i]; from < ends[i]; from += kScanBlock) {
-                const std::size_t length = std::min<std::size_t>(kScanBlock, ends[i] - from);
-                const std::size_t count = which(values[base + i], table.fp + from, length, k, found);
+bool any_in_window_scalar(std::uint64_t value, const std::uint64_t* members, int k) {
+    return first_between_scalar(&value, 1, members, kWindow, k, 0) == 0;
+}
+
+// Inlined into one function an instruction set, and `any` and `which` into it. The first window is compared whatever the
+// size of its part, since a loop would often end where the processor does not expect it; members of the next parts are
+// no matter there, because a pair has to agree on the block.
+__attribute__((always_inline)) inline void probe_with(AnyInWindow any, Which which, const View& table,
+                                                      const std::uint64_t* values, std::size_t n, int k,
+                                                      std::vector<std::uint64_t>& hits) {
+    std::uint32_t found[kWindow];
+    for (std::size_t i = 0; i < n; ++i) {
+        const std::size_t key = table.block.key(values[i], 0, table.bits);
+        const std::size_t end = table.begins[key + 1];
+        std::size_t from = table.begins[key];
+        do {
+            if (any(values[i], table.fp + from, k) && from < end) {
+                const std::size_t count = which(values[i], table.fp + from, std::min(kWindow, end - from), k, found);
                 for (std::size_t hit = 0; hit < count; ++hit)
-                    hits.push_back(std::uint64_t{base + i} << 32 | (from + found[hit]));
+                    hits.push_back(std::uint64_t{i} << 32 | (from + found[hit]));
             }
-        }
+            from += kWindow;
+        } while (from < end);
     }
 }
 
 void probe_scalar(const View& table, const std::uint64_t* values, std::size_t n, int k,
                   std::vector<std::uint64_t>& hits) {
-    probe_with(which_scalar, table, values, n, k, hits);
+    probe_with(any_in_window_scalar, which_scalar, table, values, n, k, hits);
 }
 
 #if defined(__x86_64__)
 
-__attribute__((target("avx2,popcnt"))) void probe_avx2(const View& table, const std::uint64_t* values, std::size_t n,
-                                                       int k, std::vector<std::uint64_t>& hits) {
-    probe_with(which_avx2, table, values, n, k, hits);
+SLMFAST_AVX2 bool any_in_window_avx2(std::uint64_t value, const std::uint64_t* members, int k) {
+    const __m256i here = broadcast_avx2(value);
+    const __m256i one = _mm256_min_epu16(distance_avx2(here, load_avx2(members)),
+                                         distance_avx2(here, load_avx2(members + 4)));
+    const __m256i two = _mm256_min_epu16(distance_avx2(here, load_avx2(members + 8)),
+                                         distance_avx2(here, load_avx2(members + 12)));
+    const __m256i near = _mm256_cmpgt_epi64(_mm256_set1_epi64x(k + 1), _mm256_min_epu16(one, two));
+    return _mm256_movemask_pd(_mm256_castsi256_pd(near)) != 0;
+}
+
+SLMFAST_AVX2 void probe_avx2(const View& table, const std::uint64_t* values, std::size_t n, int k,
+                             std::vector<std::uint64_t>& hits) {
+    probe_with(any_in_window_avx2, which_avx2, table, values, n, k, hits);
+}
+
+SLMFAST_AVX512 bool any_in_window_avx512(std::uint64_t value, const std::uint64_t* members, int k) {
+    const __m512i one = distance_avx512(value, _mm512_loadu_si512(members));
+    const __m512i two = distance_avx512(value, _mm512_loadu_si512(members + 8));
+    return _mm512_cmple_epu64_mask(_mm512_min_epu64(one, two), _mm512_set1_epi64(k)) != 0;
 }
 
 SLMFAST_AVX512 void probe_avx512(const View& table, const std::uint64_t* values, std::size_t n, int k,
                                  std::vector<std::uint64_t>& hits) {
-    probe_with(which_avx512, table, values, n, k, hits);
+    probe_with(any_in_window_avx512, which_avx512, table, values, n, k, hits);
 }
 
 #endif
@@ -78,91 +98,112 @@ Probe probe_on(Isa isa) {
     return probe_scalar;
 }
 
-// One of k + 1 blocks of the bits; a pair within distance k agrees on at least one of them. Fingerprints are grouped by
-// the block's first key bits, so those that a value may be near to lie side by side.
+// The few, grouped by the first key bits of one block, so that those which a value may be near to lie side by side.
 class ProbeTable {
 public:
-    ProbeTable(const std::uint64_t* fingerprints, std::size_t n, const Block& block);
+    ProbeTable(const std::uint64_t* few, std::size_t n, const Block& block) : block_(block), fp_(n + kWindow), id_(n) {
+        while (bits_ < std::min(block.width(), kMostBits) && (n >> bits_) > 4) ++bits_;
+        begins_.assign((std::size_t{1} << bits_) + 1, 0);
+        for (std::size_t i = 0; i < n; ++i) ++begins_[block_.key(few[i], 0, bits_) + 1];
+        for (std::size_t part = 1; part < begins_.size(); ++part) {
+            meetings_ += static_cast<double>(begins_[part]) * begins_[part] / static_cast<double>(n);
+            begins_[part] += begins_[part - 1];
+        }
+        std::vector<std::uint32_t> next(begins_.begin(), begins_.end() - 1);
+        for (std::size_t i = 0; i < n; ++i) {
+            const std::uint32_t place = next[block_.key(few[i], 0, bits_)]++;
+            fp_[place] = few[i];
+            id_[place] = static_cast<std::uint32_t>(i);
+        }
+    }
 
     // How many members a value meets on average, if its like is drawn as the members are.
     double meetings() const { return meetings_; }
 
-    // Appends (i << 32 | j) for each values[i] within distance k of member j that agrees on this block.
-    void probe(const std::uint64_t* values, std::size_t n, int k, Isa isa, std::vector<std::uint64_t>& hits) const;
+    // Appends (i << 32 | place) for each values[i] within distance k of the member at a place that it looked up.
+    void probe(const Group& values, int k, Isa isa, std::vector<std::uint64_t>& hits) const {
+        probe_on(isa)({block_, bits_, begins_.data(), fp_.data()}, values.fp, values.size, k, hits);
+    }
+
+    std::uint64_t fingerprint(std::size_t place) const { return fp_[place]; }
+    std::uint32_t id(std::size_t place) const { return id_[place]; }
+
+    // The values of one piece of the many, in the order of this table's parts, so that lookups stay in the cache.
+    Group in_order(const std::uint64_t* many, std::size_t begin, std::size_t end, const Group& to) const {
+        const int bits = std::min(bits_, kSliceBits);
+        std::vector<std::uint32_t> next((std::size_t{1} << bits) + 1, 0);
+        for (std::size_t i = begin; i < end; ++i) ++next[block_.key(many[i], 0, bits) + 1];
+        std::partial_sum(next.begin(), next.end(), next.begin());
+        for (std::size_t i = begin; i < end; ++i) {
+            const std::uint32_t place = next[block_.key(many[i], 0, bits)]++;
+            to.fp[place] = many[i];
+            to.id[place] = static_cast<std::uint32_t>(i);
+        }
+        return to.part(0, end - begin);
+    }
 
 private:
+    static constexpr int kMostBits = 24;
+    static constexpr int kSliceBits = 9;
+
     Block block_;
-    int bits_;
+    int bits_ = 1;
     double meetings_ = 0.0;
     std::vector<std::uint32_t> begins_;
     std::vector<std::uint64_t> fp_;
     std::vector<std::uint32_t> id_;
 };
 
-ProbeTable::ProbeTable(const std::uint64_t* fingerprints, std::size_t n, const Block& block)
-    : block_(block), bits_(1), fp_(n), id_(n) {
-    while (bits_ < std::min(block.width(), 24) && (n >> bits_) > 4) ++bits_;
-    begins_.assign((std::size_t{1} << bits_) + 1, 0);
-    for (std::size_t i = 0; i < n; ++i) ++begins_[block_.key(fingerprints[i], 0, bits_) + 1];
-    for (std::size_t part = 1; part < begins_.size(); ++part) {
-        meetings_ += static_cast<double>(begins_[part]) * begins_[part] / static_cast<double>(n);
-        begins_[part] += begins_[part - 1];
-    }
-    std::vector<std::uint32_t> next(begins_.begin(), begins_.end() - 1);
-    for (std::size_t i = 0; i < n; ++i) {
-        const std::uint32_t place = next[block_.key(fingerprints[i], 0, bits_)]++;
-        fp_[place] = fingerprints[i];
-        id_[place] = static_cast<std::uint32_t>(i);
-    }
-}
+// One thread's room for a piece of the many and for what it finds.
+struct Piece {
+    static constexpr std::size_t kSize = std::size_t{1} << 18;
 
-void ProbeTable::probe(const std::uint64_t* values, std::size_t n, int k, Isa isa,
-                       std::vector<std::uint64_t>& hits) const {
-    const std::size_t known = hits.size();
-    probe_on(isa)({block_, bits_, begins_.data(), fp_.data()}, values, n, k, hits);
-    std::size_t kept = known;
-    for (std::size_t hit = known; hit < hits.size(); ++hit) {
-        const std::size_t i = hits[hit] >> 32;
-        const std::size_t place = hits[hit] & 0xFFFFFFFFu;
-        if (((values[i] ^ fp_[place]) & block_.mask()) == 0) hits[kept++] = std::uint64_t{i} << 32 | id_[place];
-    }
-    hits.resize(kept);
-}
+    Buffer<std::uint64_t> fp{kSize};
+    Buffer<std::uint32_t> id{kSize};
+    std::vector<std::uint64_t> hits;
+
+    Group group() const { return {fp.get(), id.get(), kSize}; }
+};
 
 }  // namespace
 
 std::optional<bool> probe_join(const std::uint64_t* few, std::size_t n_few, const std::uint64_t* many,
                                std::size_t n_many, int k, unsigned threads, Isa isa, PairSink& sink) {
-    constexpr double kLookUp = 4.0;  // nanoseconds
-    constexpr std::size_t kGrain = 16'384;
+    constexpr double kLookUp = 5.0;  // nanoseconds
     const Costs costs = costs_on(isa);
     const Work work = work_of(n_few, n_many, true);
-    const std::vector<Block> blocks = cut(~std::uint64_t{0}, k + 1);
+    const std::vector<Block> blocks = cut(Spread::even(), k + 1);  // a pair within distance k agrees on one of them
     std::vector<ProbeTable> tables;
     double cost = 0.0;
     for (const Block& block : blocks) {
         tables.emplace_back(few, n_few, block);
         cost += static_cast<double>(n_many) * (kLookUp + tables.back().meetings() * costs.compare);
-        if (cost > choose(work, costs, 64, k).nanoseconds) return std::nullopt;
+        if (cost > choose(work, costs, Spread::even(), k).nanoseconds) return std::nullopt;
     }
+    // Found at its first equal block, and not again.
+    const auto first_equal = [&](std::uint64_t difference) {
+        std::size_t block = 0;
+        while (block < blocks.size() && (difference & blocks[block].mask()) != 0) ++block;
+        return block;
+    };
     std::atomic<bool> stopped{false};
-    std::vector<std::vector<std::uint64_t>> hits(threads);
-    for (std::size_t block = 0; block < blocks.size(); ++block) {
-        parallel_for(n_many, threads, kGrain, [&](std::size_t begin, std::size_t end, unsigned thread) {
-            if (stopped.load(std::memory_order_relaxed)) return;
-            hits[thread].clear();
-            tables[block].probe(many + begin, end - begin, k, isa, hits[thread]);
-            for (const std::uint64_t hit : hits[thread]) {
-                const std::size_t i = begin + (hit >> 32);
-                const auto j = static_cast<std::uint32_t>(hit);
-                const std::uint64_t difference = many[i] ^ few[j];
-                const bool earlier = std::any_of(blocks.begin(), blocks.begin() + static_cast<std::ptrdiff_t>(block),
-                                                 [&](const Block& other) { return (difference & other.mask()) == 0; });
-                if (earlier) continue;  // found in that block's table
-                if (!sink.take(thread, j, static_cast<std::uint32_t>(i))) stopped.store(true);
+    std::vector<Piece> pieces(threads);
+    parallel_for(n_many, threads, Piece::kSize, [&](std::size_t begin, std::size_t end, unsigned thread) {
+        Piece& piece = pieces[thread];
+        for (std::size_t block = 0; block < blocks.size(); ++block) {
+            const ProbeTable& table = tables[block];
+            const Group values = table.in_order(many, begin, end, piece.group());
+            piece.hits.clear();
+            table.probe(values, k, isa, piece.hits);
+            for (const std::uint64_t hit : piece.hits) {
+                if (stopped.load(std::memory_order_relaxed)) return;
+                const std::size_t i = hit >> 32;
+                const std::size_t place = hit & 0xFFFFFFFFu;
+                if (first_equal(values.fp[i] ^ table.fingerprint(place)) != block) continue;
+                if (!sink.take(thread, table.id(place), values.id[i])) stopped.store(true);
             }
-        });
-    }
+        }
+    });
     return !stopped.load();
 }
 
