@@ -149,7 +149,7 @@ def test_the_wheel_runs_on_an_emulated_older_processor(unpacked, processor, isa)
     libraries = Path(numpy.__file__).parents[1]
     clean = {key: value for key, value in os.environ.items() if key not in ("SLMFAST_ISA", "LD_PRELOAD")}
     environment = clean | {"PYTHONPATH": f"{unpacked}{os.pathsep}{libraries}", "OPENBLAS_CORETYPE": "Nehalem"}
-    interpreter = Path(sys._base_executable).resolve()  # qemu starts no symbolic link's environment
+    interpreter = Path(sys.executable).resolve()  # outside any virtual environment
     program = [interpreter, "-S", ROOT / "tests" / "near_duplicate_digests.py", "400", "1", "2"]
     here = json.loads(run(*program, env=environment))
     there = json.loads(run("qemu-x86_64", "-cpu", processor, *program, env=environment))
