@@ -1,9 +1,9 @@
 """100,000 rows against brute force over all five thousand million pairs, for every k, on five distributions.
 
 One pass over a distribution lists the pairs within 8, and with them what near_pairs must give for every k, and what
-clustering must give in both modes. The sizes and free bits are such that these lists fit in memory. Of all-equal rows
-they cannot: 100,000 of them are 5,000 million pairs, 85 GB in near_pairs' answer. Those are clustered at 100,000 rows,
-where no pair need be held, and joined at 3,000.
+clustering must give in both modes for three of them. Sizes and free bits are such that these lists fit in memory. Of
+all-equal rows they cannot: 100,000 of them are 5,000 million pairs, 85 GB in near_pairs' answer. Those are clustered at
+100,000 rows, where no pair need be held, and joined at 3,000.
 """
 
 from typing import NamedTuple
@@ -167,7 +167,7 @@ def test_a_hundred_thousand_rows(draw):
         found = near_pairs(values, k)
         assert [column.dtype for column in found] == [np.int64, np.int64, np.uint8]
         assert all(map(np.array_equal, found, expected)), k
-        for connected, oracle in ((False, greedy_stand_ins), (True, components)):
+        for connected, oracle in ((False, greedy_stand_ins), (True, components)) if k in (0, 3, 6) else ():
             stand_in, distance = cluster(values, k, connected)
             assert np.array_equal(stand_in, oracle(ROWS, expected.i, expected.j)), (k, connected)
             assert np.array_equal(distance, np.bitwise_count(values ^ values[stand_in]))

@@ -55,6 +55,7 @@ class Fuzzer:
         for _ in range(3):
             self.fingerprint_array()
             self.cluster_arrays()
+            self.stored_spans()
 
     def threads(self) -> int:
         """Mostly one: under AddressSanitizer a thread costs a millisecond."""
@@ -216,6 +217,56 @@ class Fuzzer:
         stand_in = found[0]
         assert (stand_in <= np.arange(n)).all() and np.array_equal(stand_in[stand_in], stand_in)
         self.outcomes["cluster calls that kept the laws"] += 1
+
+    def stored_spans(self) -> None:
+        """cluster_against and normalised over stored rows of any make: answers in range, or a refusal."""
+        spans = [self.span() for _ in range(self.rng.randrange(4))]
+        values = self.values()[:64]
+        n = len(values)
+        broken = self.rng.random() < 0.2
+        texts = [utf8(self.rng, self.text)[:40] if broken else self.text()[:30].encode() for _ in range(n)]
+        column, none = _native.Texts([whole_chunk(self.rng, texts)]), _native.Texts([])
+        rows = np.empty(0, np.int64)
+        states = self.numpy.integers(0, 4, n, dtype=np.uint8)
+        verify, threads = self.rng.choice([None, 0.0, 0.8]), self.threads()
+        self.inputs["stored rows"] += 1
+        try:
+            found = _native.cluster_against(
+                spans, column, none, rows, values, states, self.rng.randint(0, 8), verify, 3, threads
+            )
+        except REFUSALS:
+            self.outcomes["stored rows refused"] += 1
+        else:
+            stored = sum(len(fingerprints) for fingerprints, *_ in spans)
+            assert (found[0] >= -stored).all() and (found[0] <= np.arange(n)).all()
+            self.outcomes["stored rows answered in range"] += 1
+        wanted = self.numpy.integers(-1 if self.rng.random() < 0.2 else 0, max(1, n), n)
+        inside = not n or wanted.min() >= 0
+        try:
+            offsets, data = _native.normalised(column, none, rows, wanted, threads)
+        except REFUSALS:
+            foreign = any(_is_utf8(text) and _native.normalise(text) is None for text in texts)
+            assert not inside or broken or foreign, texts
+        else:
+            assert inside and len(offsets) == n + 1 and offsets[-1] == len(data)
+
+    def span(self) -> tuple:
+        """Rows as an index stores them, though not always of one length, type or state."""
+        values = self.values()[:64]
+        texts = [self.text()[:30].encode() for _ in values]
+        states = self.numpy.integers(2, 4, len(values), dtype=np.uint8)
+        kind = self.rng.random()
+        if kind < 0.05:
+            states = self.rng.choice([states[1:], np.append(states, states), states.astype(float), None])
+        elif kind < 0.1:
+            texts = self.rng.choice(
+                [texts[1:], [utf8(self.rng, self.text)[:40] for _ in values], [None for _ in values]]
+            )
+        elif kind < 0.15:
+            values = self.rng.choice([values[None], values.astype(float), values[::2], None, 3])
+        elif kind < 0.2:
+            states = self.numpy.integers(0, 256, len(values), dtype=np.uint8)
+        return values, states, _native.Texts([whole_chunk(self.rng, texts)])
 
     def spoil(self, arrays: dict[str, object]) -> str:
         """Makes one argument bad, and names it."""

@@ -18,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "build" / "sanitize"
-TESTS = ["simhash", "near_pairs", "dedup", "dedup_parallel", "dedup_index", "arrow_texts"]
+TESTS = "simhash near_pairs clusters dedup dedup_parallel dedup_index index_file index_native arrow_texts isa".split()
 SANITIZERS = {"address": "address,undefined", "thread": "thread"}
 RUNTIMES = {"address": ["asan", "ubsan"], "thread": ["tsan"]}
 OPTIONS = {
