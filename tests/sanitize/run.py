@@ -19,6 +19,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "build" / "sanitize"
 TESTS = "simhash near_pairs clusters dedup dedup_parallel dedup_index index_file index_native arrow_texts isa".split()
+# AddressSanitizer keeps freed memory and shadows all of it, so a measure of memory means nothing under it.
+LEFT_OUT = "not takes_no_memory"
 SANITIZERS = {"address": "address,undefined", "thread": "thread"}
 RUNTIMES = {"address": ["asan", "ubsan"], "thread": ["tsan"]}
 OPTIONS = {
@@ -136,7 +138,7 @@ def main() -> None:
     fuzz = Path(__file__).with_name("fuzz_native.py")
     if not settings.fuzz_only:
         for isa in names:
-            run(f"tests on {isa}, address and undefined", "address", *pytest(), SLMFAST_ISA=isa)
+            run(f"tests on {isa}, address and undefined", "address", *pytest("-k", LEFT_OUT), SLMFAST_ISA=isa)
         run("tests of threads, thread", "thread", *pytest("-k", "thread or budget or bound"))
         run("fuzzer, thread", "thread", fuzz, "--inputs", max(1, settings.inputs // 50), "--seed", 1)
     run("fuzzer, address and undefined", "address", fuzz, "--inputs", settings.inputs)
