@@ -68,7 +68,11 @@ class Fuzzer:
         length = self.rng.choice([0, 1, 2, 3, 4, 5, 8, 12, 13, 30, 70, self.rng.randrange(400)])
         if self.rng.random() < 0.0005:
             length = self.rng.randrange(300_000)
-        return "".join(self.rng.choices(alphabet, k=length))
+        return self.rng.randbytes(length).decode("latin-1").translate((alphabet * 256)[:256])
+
+    def few_texts(self, count: int, *others: bytes | None) -> list[bytes | None]:
+        """That many short texts, drawn from a few and the given ones: the arrays beside them are what is tried."""
+        return self.rng.choices([*(self.text()[:30].encode() for _ in range(5)), *others], k=count)
 
     def column_of_texts(self, count: int) -> None:
         """Valid texts in every layout: fingerprints and clusters, a share of them against the oracle."""
@@ -190,7 +194,7 @@ class Fuzzer:
         """cluster with arrays that need not belong together: the laws hold, or a refusal."""
         values = self.values()
         n = len(values)
-        texts = [None if self.rng.random() < 0.1 else self.text()[:30].encode() for _ in range(n)]
+        texts = self.few_texts(n, None)
         arrays: dict[str, object] = {
             "texts": _native.Texts([whole_chunk(self.rng, texts)]),
             "rows": np.flatnonzero(self.numpy.random(n) < 0.1),
@@ -203,7 +207,7 @@ class Fuzzer:
             "threads": self.threads(),
             "pair_budget": self.rng.choice([0, 1, 50]),
         }
-        replaced = [self.text()[:30].encode() for _ in arrays["rows"]]
+        replaced = self.few_texts(len(arrays["rows"]))
         arrays["replaced"] = _native.Texts([whole_chunk(self.rng, replaced)])
         self.inputs["cluster calls"] += 1
         spoiled = self.rng.random() < 0.4 and self.spoil(arrays)
@@ -224,7 +228,7 @@ class Fuzzer:
         values = self.values()[:64]
         n = len(values)
         broken = self.rng.random() < 0.2
-        texts = [utf8(self.rng, self.text)[:40] if broken else self.text()[:30].encode() for _ in range(n)]
+        texts = self.few_texts(n, *[utf8(self.rng, self.text)[:40] for _ in range(broken)])
         column, none = _native.Texts([whole_chunk(self.rng, texts)]), _native.Texts([])
         rows = np.empty(0, np.int64)
         states = self.numpy.integers(0, 4, n, dtype=np.uint8)
@@ -253,15 +257,13 @@ class Fuzzer:
     def span(self) -> tuple:
         """Rows as an index stores them, though not always of one length, type or state."""
         values = self.values()[:64]
-        texts = [self.text()[:30].encode() for _ in values]
+        texts = self.few_texts(len(values))
         states = self.numpy.integers(2, 4, len(values), dtype=np.uint8)
         kind = self.rng.random()
         if kind < 0.05:
             states = self.rng.choice([states[1:], np.append(states, states), states.astype(float), None])
         elif kind < 0.1:
-            texts = self.rng.choice(
-                [texts[1:], [utf8(self.rng, self.text)[:40] for _ in values], [None for _ in values]]
-            )
+            texts = self.rng.choice([texts[1:], self.few_texts(len(values), b"\xff", None)])
         elif kind < 0.15:
             values = self.rng.choice([values[None], values.astype(float), values[::2], None, 3])
         elif kind < 0.2:
