@@ -4,12 +4,20 @@ The packages are listed by hand: automatic discovery would also take the top-lev
 importable `kernels` shadows the third-party package of that name that transformers imports.
 """
 
+import os
 from pathlib import Path
 
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
 from setuptools import setup
 
 ParallelCompile("NPY_NUM_BUILD_JOBS", default=2).install()
+
+FLAGS = ["-O3"]
+LINK_FLAGS: list[str] = []
+# SLMFAST_SANITIZE=address,undefined (or thread) instruments the native module; tests/sanitize/run.py sets it.
+if sanitizers := os.environ.get("SLMFAST_SANITIZE"):
+    LINK_FLAGS = [f"-fsanitize={sanitizers}"]
+    FLAGS = [*LINK_FLAGS, "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-O1", "-g"]
 
 setup(
     packages=[
@@ -34,7 +42,8 @@ setup(
             include_dirs=["csrc"],
             depends=sorted(str(header) for header in Path("csrc").glob("*.hpp")),
             cxx_std=17,
-            extra_compile_args=["-O3", "-fvisibility=hidden", "-Wall", "-Wextra"],
+            extra_compile_args=[*FLAGS, "-fvisibility=hidden", "-Wall", "-Wextra"],
+            extra_link_args=LINK_FLAGS,
         )
     ],
 )

@@ -344,6 +344,15 @@ std::int64_t bind_common_id(const Dense<std::int64_t>& few, const Dense<std::int
     return common_id(from, n_few, among, n_many, used);
 }
 
+// A field of the wrong type is Python's TypeError, as a wrong argument is; pybind11 would say RuntimeError.
+void translate_cast_error(std::exception_ptr raised) {
+    try {
+        if (raised) std::rethrow_exception(raised);
+    } catch (const py::cast_error&) {
+        py::set_error(PyExc_TypeError, "a field of the argument has the wrong type");
+    }
+}
+
 // The normal form of a text, or None where Python's unicodedata has to give it.
 std::optional<std::u32string> bind_normalise(const py::bytes& utf8) {
     CodePoints out;
@@ -356,6 +365,7 @@ std::optional<std::u32string> bind_normalise(const py::bytes& utf8) {
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
+    py::register_local_exception_translator(&translate_cast_error);
     module.doc() = "Near-duplicate search. Use slmfast.near_duplicates, which prepares what these functions take.";
     module.attr("FORMAT_VERSION") = kFormatVersion;
     module.attr("FEW") = static_cast<int>(RowState::few);

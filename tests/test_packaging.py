@@ -3,13 +3,19 @@
 An importable `kernels` of ours would shadow the third-party package of that name that transformers imports.
 """
 
+import json
 import os
+import platform
+import re
+import shutil
 import subprocess
 import sys
 import sysconfig
 import venv
+import zipfile
 from pathlib import Path
 
+import numpy
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -80,15 +86,82 @@ def test_wheel_from_sdist(checkout, environment, tmp_path):
     assert environment.parent.parent in probe(environment, tmp_path).parents
 
 
+@pytest.fixture(scope="module")
+def wheel(checkout, tmp_path_factory):
+    """A wheel built on this machine."""
+    folder = tmp_path_factory.mktemp("wheel")
+    run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", folder, checkout)
+    (found,) = folder.glob("*.whl")
+    return found
+
+
+@pytest.fixture(scope="module")
+def unpacked(wheel):
+    """The wheel's contents, in a folder that can stand on Python's path."""
+    folder = wheel.parent / "unpacked"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+    return folder
+
+
 @pytest.mark.slow
-def test_wheel(checkout, environment, tmp_path):
-    run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", tmp_path, checkout)
-    (wheel,) = tmp_path.glob("*.whl")
+def test_wheel(wheel, environment, tmp_path):
     names = run(sys.executable, "-m", "zipfile", "-l", wheel).splitlines()
     assert not any(name.startswith("kernels/") for name in names)
     assert any(name.startswith("slmfast/kernels/reference.py") for name in names)
     install(environment, wheel)
     assert environment.parent.parent in probe(environment, tmp_path).parents
+
+
+# Instructions that the baseline of x86-64 (SSE2) lacks and that need no AVX register: SSSE3, SSE4, POPCNT, BMI.
+LATER = re.compile(
+    r"pshufb|palignr|phadd|phsub|pabs[bwd]|psign|pmulhrsw|pmaddubsw|p?blend|pmov[sz]x|ptest|pcmp(eqq|gtq|[ei]str)"
+    r"|pinsr[bdq]|pextr[bdq]|pmulld|pm(in|ax)(sb|sd|uw|ud)|packusdw|round[ps][sd]|crc32|popcnt|lzcnt|pext$|pdep|bzhi"
+    r"|s(hl|hr|ar)x$|andn$|bls|mulx|rorx"
+)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="looks for x86 instructions")
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump")
+def test_newer_instructions_stand_only_in_functions_named_after_their_set(unpacked):
+    (module,) = (unpacked / "slmfast").glob("_native*.so")
+    listing = run("objdump", "-d", "-C", "--no-show-raw-insn", module)
+    newer: dict[str, set[str]] = {}
+    function = ""
+    for line in listing.splitlines():
+        if heading := re.fullmatch(r"[0-9a-f]+ <(.*)>:", line):
+            function = heading[1]
+        elif instruction := re.match(r"\s+[0-9a-f]+:\s+(\S+)\s*(.*)", line):
+            name, operands = instruction.groups()
+            if name.startswith("v") or LATER.match(name) or re.search(r"%[yz]mm|%k[0-7]", operands):
+                newer.setdefault(function, set()).add(name)
+    assert any("avx2" in name for name in newer) and any("avx512" in name for name in newer)
+    assert {name: found for name, found in newer.items() if not re.search("_avx2|_avx512", name)} == {}
+
+
+# OpenBLAS inside numpy takes some of these models for newer ones than they are; its own variable says otherwise.
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="emulates x86 processors")
+@pytest.mark.skipif(shutil.which("qemu-x86_64") is None, reason="needs qemu-x86_64 (Debian: qemu-user)")
+@pytest.mark.parametrize(("processor", "isa"), [("Nehalem", "scalar"), ("SandyBridge", "scalar"), ("Haswell", "avx2")])
+def test_the_wheel_runs_on_an_emulated_older_processor(unpacked, processor, isa):
+    libraries = Path(numpy.__file__).parents[1]
+    clean = {key: value for key, value in os.environ.items() if key not in ("SLMFAST_ISA", "LD_PRELOAD")}
+    environment = clean | {"PYTHONPATH": f"{unpacked}{os.pathsep}{libraries}", "OPENBLAS_CORETYPE": "Nehalem"}
+    interpreter = Path(sys.executable).resolve()  # outside any virtual environment
+    program = [interpreter, "-S", ROOT / "tests" / "near_duplicate_digests.py", "400", "1", "2"]
+    here = json.loads(run(*program, env=environment))
+    there = json.loads(run("qemu-x86_64", "-cpu", processor, *program, env=environment))
+    assert there.pop("isa") == isa
+    assert here.pop("isa") == _best_here()
+    assert there == here and here["pairs"] > 1000
+
+
+def _best_here() -> str:
+    from slmfast import _native
+
+    return _native.available_isas()[-1]
 
 
 @pytest.mark.slow
