@@ -1,6 +1,8 @@
 // From UTF-8 to normalised code points: step 1 of the format in simhash.hpp, as far as it needs no tables.
 #include <cstddef>
 
+#include "normal_form.hpp"
+#include "read_avx512.hpp"
 #include "simhash.hpp"
 
 #if defined(__SSE2__)
@@ -9,59 +11,6 @@
 
 namespace slmfast {
 namespace {
-
-constexpr char32_t kForeign = 0xFFFFFFFF;
-
-bool between(char32_t c, char32_t first, char32_t last) { return c - first <= last - first; }
-
-// The Latin-1 signs from U+00A0 to U+00BF: themselves, a compatibility character, or 0 for those left to Python.
-constexpr char32_t kLatinSigns[32] = {
-    0x20, 0xA1, 0xA2, 0xA3, 0xA4, 0xA5,  0xA6, 0xA7, 0,    0xA9, 'a', 0xAB, 0xAC, 0xAD, 0xAE, 0,
-    0xB0, 0xB1, '2',  '3',  0,    0x3BC, 0xB6, 0xB7, 0,    '1',  'o', 0xBB, 0,    0,    0,    0xBF,
-};
-
-char32_t normal_latin(char32_t c) {  // U+0080 to U+00FF
-    if (c < 0xA0) return c;
-    if (c < 0xC0) return kLatinSigns[c - 0xA0] != 0 ? kLatinSigns[c - 0xA0] : kForeign;
-    return c < 0xDF && c != 0xD7 ? c + 0x20 : c;
-}
-
-// Ranges in which every code point is its own normal form and never composes with a neighbour from any range here.
-bool stable_symbol(char32_t c) {
-    if (between(c, 0x2000, 0x20FF))
-        return between(c, 0x200B, 0x2010) || between(c, 0x2012, 0x2016) || between(c, 0x2018, 0x2023) ||
-               between(c, 0x2030, 0x2032) || c == 0x20AC || c == 0x203B;
-    if (between(c, 0x2190, 0x222B) || between(c, 0x2231, 0x2328) || between(c, 0x2500, 0x2767)) return true;
-    return c == 0xFE0F || between(c, 0x1F300, 0x1F64F) || between(c, 0x1F680, 0x1F6FF) || between(c, 0x1F900, 0x1F9FF);
-}
-
-bool stable_cjk(char32_t c) {
-    return between(c, 0x4E00, 0x9FFF) || between(c, 0x3400, 0x4DBF) || between(c, 0x3001, 0x3029) ||
-           between(c, 0x3041, 0x3096) || between(c, 0x30A1, 0x30FE) || between(c, 0xAC00, 0xD7A3) ||
-           between(c, 0x20000, 0x2A6DF);
-}
-
-char32_t normal_letter(char32_t c) {  // Greek without the context-dependent capital sigma, and Cyrillic
-    if (between(c, 0x391, 0x3A1) || between(c, 0x3A4, 0x3A9)) return c + 0x20;
-    if (between(c, 0x3B1, 0x3C9)) return c;
-    if (between(c, 0x410, 0x42F)) return c + 0x20;
-    return between(c, 0x430, 0x44F) ? c : kForeign;
-}
-
-char32_t lower_ascii(char32_t c) { return between(c, 'A', 'Z') ? c + 0x20 : c; }
-
-char32_t normal_form(char32_t c) {
-    if (c < 0x80) return lower_ascii(c);
-    if (stable_cjk(c)) return c;
-    if (between(c, 0xFF01, 0xFF5E)) return lower_ascii(c - 0xFEE0);
-    if (c < 0x100) return normal_latin(c);
-    if (c == 0x3000 || between(c, 0x2000, 0x200A)) return 0x20;
-    if (c == 0x2011) return 0x2010;
-    if (c == 0xFFE5) return 0xA5;
-    if (between(c, 0x2460, 0x2468)) return c - 0x2460 + '1';
-    if (stable_symbol(c)) return c;
-    return normal_letter(c);
-}
 
 bool continues(unsigned char byte) { return (byte & 0xC0) == 0x80; }
 
@@ -119,8 +68,7 @@ std::ptrdiff_t ascii_run(const unsigned char* at, char32_t* to) {
 template <bool Normalise>
 Decoded read(std::string_view text, CodePoints& out) {
     // No character has a longer normal form here than it has bytes.
-    out.resize(text.size() + static_cast<std::size_t>(kRun));
-    char32_t* to = out.data();
+    char32_t* to = out.room(text.size() + static_cast<std::size_t>(kRun));
     bool foreign = false;
     const auto* at = reinterpret_cast<const unsigned char*>(text.data());
     const unsigned char* const end = at + text.size();
@@ -138,23 +86,28 @@ Decoded read(std::string_view text, CodePoints& out) {
         }
         const char32_t c = next_code_point(at, end);
         if (c == kForeign) return Decoded::invalid;
-        if (!Normalise || between(c, 0x4E00, 0x9FFF)) {
-            *to++ = c;
-        } else if (between(c, 0x2024, 0x2026)) {  // one, two or three dots
-            for (char32_t dots = 0x2024; dots <= c; ++dots) *to++ = '.';
-        } else {
-            *to = normal_form(c);
-            foreign |= *to++ == kForeign;
-        }
+        foreign |= write_normal_form(c, !Normalise || between(c, 0x4E00, 0x9FFF), to);
     }
-    out.resize(static_cast<std::size_t>(to - out.data()));
+    out.set_size(static_cast<std::size_t>(to - out.data()));
     return foreign ? Decoded::foreign : Decoded::ok;
 }
 
 }  // namespace
 
-Decoded normalise(std::string_view text, CodePoints& out) { return read<true>(text, out); }
+Decoded normalise(std::string_view text, CodePoints& out, Isa isa) {
+#if defined(__x86_64__)
+    if (isa == Isa::avx512) return read_avx512<true>(text, out);
+#endif
+    (void)isa;
+    return read<true>(text, out);
+}
 
-Decoded decode(std::string_view text, CodePoints& out) { return read<false>(text, out); }
+Decoded decode(std::string_view text, CodePoints& out, Isa isa) {
+#if defined(__x86_64__)
+    if (isa == Isa::avx512) return read_avx512<false>(text, out);
+#endif
+    (void)isa;
+    return read<false>(text, out);
+}
 
 }  // namespace slmfast

@@ -140,20 +140,16 @@ void trigram_hashes(const char32_t* c, std::size_t count, Isa isa, std::uint64_t
     trigram_hashes_of(c, count, out);
 }
 
-struct Scratch {
-    CodePoints text;
-    std::vector<std::uint64_t> grams;
-};
+std::size_t gram_count(const CodePoints& text, int ngram) {
+    return text.empty() ? 0 : text.size() - std::min(static_cast<std::size_t>(ngram), text.size()) + 1;
+}
 
-}  // namespace
-
-void gram_hashes(const CodePoints& text, int ngram, Isa isa, std::vector<std::uint64_t>& out) {
-    const std::size_t length = text.size();
-    const std::size_t width = std::min(static_cast<std::size_t>(ngram), length);
-    out.resize(length == 0 ? 0 : length - width + 1);
+void hash_grams(const CodePoints& text, int ngram, Isa isa, std::uint64_t* out) {
+    const std::size_t width = std::min(static_cast<std::size_t>(ngram), text.size());
+    const std::size_t count = gram_count(text, ngram);
     const char32_t* c = text.data();
-    if (width == 3) return trigram_hashes(c, out.size(), isa, out.data());
-    for (std::size_t i = 0; i < out.size(); ++i) {
+    if (width == 3) return trigram_hashes(c, count, isa, out);
+    for (std::size_t i = 0; i < count; ++i) {
         std::uint64_t hash = 0;
         for (std::size_t j = 0; j < width; j += 3) {
             std::uint64_t word = 0;
@@ -163,6 +159,13 @@ void gram_hashes(const CodePoints& text, int ngram, Isa isa, std::vector<std::ui
         }
         out[i] = hash;
     }
+}
+
+}  // namespace
+
+void gram_hashes(const CodePoints& text, int ngram, Isa isa, std::vector<std::uint64_t>& out) {
+    out.resize(gram_count(text, ngram));
+    hash_grams(text, ngram, isa, out.data());
 }
 
 std::uint64_t majority(const std::uint64_t* votes, std::size_t count, Isa isa) {
@@ -189,17 +192,17 @@ void fingerprints(const TextColumn& texts, bool normalised, int ngram, unsigned 
                   std::uint64_t* out, RowState* states) {
     constexpr std::size_t kGrain = 512;
     std::atomic<std::int64_t> first_bad{std::numeric_limits<std::int64_t>::max()};
-    std::vector<Scratch> scratch(threads);
     parallel_for(static_cast<std::size_t>(texts.size()), threads, kGrain,
-                 [&](std::size_t begin, std::size_t end, unsigned thread) {
-        auto& [text, grams] = scratch[thread];
+                 [&](std::size_t begin, std::size_t end, unsigned) {
+        CodePoints text;
+        std::vector<std::uint64_t> grams;  // only ever grows, since what it grows by is cleared
         for (std::size_t i = begin; i < end; ++i) {
             const auto row = static_cast<std::int64_t>(i);
             out[i] = 0;
             states[i] = RowState::null;
             if (texts.is_null(row)) continue;
             const std::string_view bytes = texts[row];
-            const Decoded decoded = normalised ? decode(bytes, text) : normalise(bytes, text);
+            const Decoded decoded = normalised ? decode(bytes, text, isa) : normalise(bytes, text, isa);
             if (decoded == Decoded::invalid) {
                 std::int64_t known = first_bad.load();
                 while (row < known && !first_bad.compare_exchange_weak(known, row)) {}
@@ -207,9 +210,11 @@ void fingerprints(const TextColumn& texts, bool normalised, int ngram, unsigned 
             }
             states[i] = decoded == Decoded::foreign ? RowState::foreign : RowState::empty;
             if (decoded == Decoded::foreign || text.empty()) continue;
-            gram_hashes(text, ngram, isa, grams);
-            out[i] = majority(grams.data(), grams.size(), isa);
-            states[i] = few_distinct(grams.data(), grams.size()) ? RowState::few : RowState::full;
+            const std::size_t votes = gram_count(text, ngram);
+            if (votes > grams.size()) grams.resize(votes);
+            hash_grams(text, ngram, isa, grams.data());
+            out[i] = majority(grams.data(), votes, isa);
+            states[i] = few_distinct(grams.data(), votes) ? RowState::few : RowState::full;
         }
     });
     if (first_bad.load() < texts.size())

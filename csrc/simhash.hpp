@@ -27,8 +27,10 @@
 //     "abcd" a0ba2efa9022e828  (two votes: ties everywhere the grams differ)
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <string_view>
 #include <vector>
 
@@ -56,7 +58,35 @@ enum class RowState : std::uint8_t {
 
 enum class Decoded { ok, foreign, invalid };
 
-using CodePoints = std::vector<char32_t>;
+// A text's code points in memory that is used again for the next text, and not cleared between.
+class CodePoints {
+public:
+    // Room for `capacity` code points, whose number set_size then tells.
+    char32_t* room(std::size_t capacity) {
+        if (capacity > capacity_) {
+            data_.reset(new char32_t[capacity]);
+            capacity_ = capacity;
+        }
+        size_ = 0;
+        return data_.get();
+    }
+    void set_size(std::size_t size) { size_ = size; }
+
+    const char32_t* data() const { return data_.get(); }
+    const char32_t* begin() const { return data_.get(); }
+    const char32_t* end() const { return data_.get() + size_; }
+    std::size_t size() const { return size_; }
+    bool empty() const { return size_ == 0; }
+
+    friend bool operator==(const CodePoints& a, const CodePoints& b) {
+        return std::equal(a.begin(), a.end(), b.begin(), b.end());
+    }
+
+private:
+    std::unique_ptr<char32_t[]> data_;
+    std::size_t capacity_ = 0;
+    std::size_t size_ = 0;
+};
 
 inline std::uint64_t mix(std::uint64_t z) {
     z += 0x9e3779b97f4a7c15u;
@@ -67,10 +97,10 @@ inline std::uint64_t mix(std::uint64_t z) {
 
 // Decodes UTF-8 and normalises it (step 1) where every code point is one whose normal form is known here and does not
 // depend on its neighbours; else says `foreign`. Bad UTF-8 (overlong, surrogate, truncated) is `invalid`.
-Decoded normalise(std::string_view text, CodePoints& out);
+Decoded normalise(std::string_view text, CodePoints& out, Isa isa = Isa::scalar);
 
 // Decodes UTF-8 that is already normalised.
-Decoded decode(std::string_view text, CodePoints& out);
+Decoded decode(std::string_view text, CodePoints& out, Isa isa = Isa::scalar);
 
 // Hashes of all grams in order of occurrence (steps 2 and 3).
 void gram_hashes(const CodePoints& text, int ngram, Isa isa, std::vector<std::uint64_t>& out);
