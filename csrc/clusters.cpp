@@ -249,16 +249,16 @@ bool NormalisedTexts::is_replaced(std::int64_t row) const {
     return rows != nullptr && std::binary_search(rows->begin(), rows->end(), row);
 }
 
-void NormalisedTexts::read(std::int64_t row, CodePoints& out) const {
+void NormalisedTexts::read(std::int64_t row, CodePoints& out, Isa isa) const {
     if (rows == nullptr) {
-        decode((*raw)[row], out);
+        decode((*raw)[row], out, isa);
         return;
     }
     const auto place = std::lower_bound(rows->begin(), rows->end(), row);
     if (place != rows->end() && *place == row) {
-        decode((*replaced)[place - rows->begin()], out);
+        decode((*replaced)[place - rows->begin()], out, isa);
     } else {
-        normalise((*raw)[row], out);
+        normalise((*raw)[row], out, isa);
     }
 }
 

@@ -27,7 +27,7 @@ struct NormalisedTexts {
     const std::vector<std::int64_t>* rows = nullptr;  // ... of these rows, ascending
 
     // The normalised code points of a row, which must not be null.
-    void read(std::int64_t row, CodePoints& out) const;
+    void read(std::int64_t row, CodePoints& out, Isa isa = Isa::scalar) const;
     bool is_replaced(std::int64_t row) const;
 };
 
