@@ -190,7 +190,8 @@ private:
         descend(left, right, plan, {state.next + 1, state.used + 1, state.skipped, state.equal | block.mask()});
     }
 
-    // A group that is still large although it agrees on all required blocks: cut the bits that still vary.
+    // A group that is still large although it agrees on all required blocks: cut the bits that still vary. A plan never
+    // takes up bits that are held equal, so there are at most 64 blocks on the way down.
     void join_again(const Group& left, const Group& right, std::uint64_t equal) {
         std::uint64_t all = ~std::uint64_t{0};
         std::uint64_t any = 0;
@@ -203,7 +204,7 @@ private:
         const std::uint64_t varying = (all ^ any) & ~equal;
         for (const std::uint64_t block : differ_)
             if ((block & varying) == 0) return;  // a skipped block that cannot differ: these pairs belong elsewhere
-        const Spread spread = spread_of(left.fp, left.size, right.fp, right.size, kSample);
+        const Spread spread = spread_of(left.fp, left.size, right.fp, right.size, ~equal, kSample);
         const Plan plan = make_plan(work_of(left.size, right.size, cross_), costs_, spread, k_);
         if (plan.required == 0) return brute(left, right, equal, 0, left.size);
         descend(left, right, plan, {0, 0, 0, equal});
@@ -231,7 +232,7 @@ bool join(const std::uint64_t* left, std::size_t n_left, const std::uint64_t* ri
     Side a(left, n_left);
     Side b(right, n_right);
     const Work work = work_of(n_left, n_right, cross);
-    const Plan plan = make_plan(work, costs_on(isa), spread_of(left, n_left, right, n_right, kLargeSample), k);
+    const Plan plan = make_plan(work, costs_on(isa), spread_of(left, n_left, right, n_right, ~std::uint64_t{0}, kLargeSample), k);
     if (plan.required == 0) {
         const Group some = a.all();
         const Group others = b.all();

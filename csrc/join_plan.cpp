@@ -60,7 +60,8 @@ Spread Spread::even() {
     return spread;
 }
 
-Spread spread_of(const std::uint64_t* a, std::size_t n_a, const std::uint64_t* b, std::size_t n_b, std::size_t sample) {
+Spread spread_of(const std::uint64_t* a, std::size_t n_a, const std::uint64_t* b, std::size_t n_b, std::uint64_t mask,
+                 std::size_t sample) {
     std::uint32_t ones[64] = {};
     std::size_t count = 0;
     for (const auto& [values, n] : {std::pair{a, n_a}, std::pair{b, n_b}}) {
@@ -70,6 +71,7 @@ Spread spread_of(const std::uint64_t* a, std::size_t n_a, const std::uint64_t* b
     }
     Spread spread{{}, 0.0};
     for (unsigned bit = 0; bit < 64; ++bit) {
+        if ((mask >> bit & 1) == 0) continue;
         const double share = static_cast<double>(ones[bit]) / static_cast<double>(count);
         spread.bits[bit] = -std::log2(share * share + (1.0 - share) * (1.0 - share));
         spread.total += spread.bits[bit];

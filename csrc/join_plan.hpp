@@ -39,8 +39,9 @@ struct Spread {
     static Spread even();  // of uniform fingerprints
 };
 
-// Of two arrays together, from a sample of each; either may be empty.
-Spread spread_of(const std::uint64_t* a, std::size_t n_a, const std::uint64_t* b, std::size_t n_b, std::size_t sample);
+// Of two arrays together, from a sample of each; either may be empty. Only the bits of `mask` count.
+Spread spread_of(const std::uint64_t* a, std::size_t n_a, const std::uint64_t* b, std::size_t n_b, std::uint64_t mask,
+                 std::size_t sample);
 
 // The size of a join: each of `moved` fingerprints is compared with the members of its group, `others` at first.
 struct Work {
