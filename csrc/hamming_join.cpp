@@ -20,7 +20,7 @@ constexpr int kFanBits = 10;               // later partitions, in cache
 constexpr std::size_t kScratch = 262'144;  // most fingerprints in a thread's scratch
 constexpr std::size_t kPlain = 8;          // leaves in a group that is not worth a new plan
 constexpr std::size_t kSample = 256;       // fingerprints whose bits are counted before a group is planned anew
-constexpr std::size_t kLargeSample = 4096; // ... and before the first plan
+constexpr std::size_t kLargeSample = 4096;  // ... and before the first plan
 constexpr std::size_t kFew = 8;            // so few against many are compared faster than the many are partitioned
 
 // Scratch for partitions of groups that fit in a core's cache: taken and given back like a stack.
@@ -118,6 +118,7 @@ private:
     void report_hits(const Group& rows, std::size_t i, const Group& others, std::uint64_t equal) {
         for (std::size_t from = 0; from < others.size; from += kScanBlock) {
             const std::size_t length = std::min(kScanBlock, others.size - from);
+            if (stopped_.load(std::memory_order_relaxed)) return;
             const std::size_t count = scan_.which(rows.fp[i], others.fp + from, length, k_, hits_);
             for (std::size_t hit = 0; hit < count; ++hit) {
                 const std::size_t j = from + hits_[hit];
@@ -232,7 +233,8 @@ bool join(const std::uint64_t* left, std::size_t n_left, const std::uint64_t* ri
     Side a(left, n_left);
     Side b(right, n_right);
     const Work work = work_of(n_left, n_right, cross);
-    const Plan plan = make_plan(work, costs_on(isa), spread_of(left, n_left, right, n_right, ~std::uint64_t{0}, kLargeSample), k);
+    const Spread spread = spread_of(left, n_left, right, n_right, ~std::uint64_t{0}, kLargeSample);
+    const Plan plan = make_plan(work, costs_on(isa), spread, k);
     if (plan.required == 0) {
         const Group some = a.all();
         const Group others = b.all();
@@ -254,6 +256,28 @@ bool join(const std::uint64_t* left, std::size_t n_left, const std::uint64_t* ri
             walks[thread].bucket(a.part(order[i]), others, plan, block, bits);
         });
     }
+    return !stopped.load();
+}
+
+// The cross join of so few that each of the many is compared with all of them.
+bool brute_join(const std::uint64_t* few, std::size_t n_few, const std::uint64_t* many, std::size_t n_many, int k,
+                unsigned threads, Isa isa, PairSink& sink) {
+    const NearScan scan = near_scan(isa);
+    std::atomic<bool> stopped{false};
+    parallel_for(n_many, threads, kScanBlock, [&](std::size_t begin, std::size_t end, unsigned thread) {
+        const auto next = [&](std::size_t at) {
+            return scan.first_between(few, n_few, many + begin, end - begin, k, at);
+        };
+        std::uint32_t hits[kScanBlock];
+        for (std::size_t at = next(0); at < n_few; at = next(at + scan.batch)) {
+            for (std::size_t i = at; i < std::min(n_few, at + scan.batch); ++i) {
+                const std::size_t count = scan.which(few[i], many + begin, end - begin, k, hits);
+                for (std::size_t hit = 0; hit < count && !stopped.load(std::memory_order_relaxed); ++hit)
+                    if (!sink.take(thread, static_cast<std::uint32_t>(i), static_cast<std::uint32_t>(begin) + hits[hit]))
+                        stopped.store(true);
+            }
+        }
+    });
     return !stopped.load();
 }
 
@@ -288,6 +312,8 @@ bool cross_join(const std::uint64_t* left, std::size_t n_left, const std::uint64
     const auto [many, n_many] = swapped ? std::pair{left, n_left} : std::pair{right, n_right};
     if (n_many / kManyTimes >= n_few) {
         Moved moved(sink, swapped, 0, 0);
+        if (static_cast<double>(n_few) * costs_on(isa).compare < kLookUp * (k + 1))
+            return brute_join(few, n_few, many, n_many, k, threads, isa, moved);
         const std::optional<bool> probed = probe_join(few, n_few, many, n_many, k, threads, isa, moved);
         if (probed) return *probed;
     }

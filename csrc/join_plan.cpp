@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "hamming_join.hpp"
+#include "simhash.hpp"
 
 namespace slmfast {
 namespace {
@@ -65,9 +66,13 @@ Spread spread_of(const std::uint64_t* a, std::size_t n_a, const std::uint64_t* b
     std::uint32_t ones[64] = {};
     std::size_t count = 0;
     for (const auto& [values, n] : {std::pair{a, n_a}, std::pair{b, n_b}}) {
-        const std::size_t step = std::max<std::size_t>(1, n / sample);
-        for (std::size_t i = 0; i < n; i += step, ++count)
-            for (unsigned bit = 0; bit < 64; ++bit) ones[bit] += static_cast<std::uint32_t>(values[i] >> bit & 1);
+        const std::size_t some = std::min(n, sample);
+        for (std::size_t i = 0; i < some; ++i) {
+            // Scattered, because a fixed stride is blind to what recurs at that stride.
+            const std::uint64_t value = values[some == n ? i : mix(i) % n];
+            for (unsigned bit = 0; bit < 64; ++bit) ones[bit] += static_cast<std::uint32_t>(value >> bit & 1);
+        }
+        count += some;
     }
     Spread spread{{}, 0.0};
     for (unsigned bit = 0; bit < 64; ++bit) {

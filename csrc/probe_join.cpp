@@ -157,6 +157,7 @@ private:
 // One thread's room for a piece of the many and for what it finds.
 struct Piece {
     static constexpr std::size_t kSize = std::size_t{1} << 18;
+    static constexpr std::size_t kRun = 4096;  // values after which what was found is handed on
 
     Buffer<std::uint64_t> fp{kSize};
     Buffer<std::uint32_t> id{kSize};
@@ -169,7 +170,6 @@ struct Piece {
 
 std::optional<bool> probe_join(const std::uint64_t* few, std::size_t n_few, const std::uint64_t* many,
                                std::size_t n_many, int k, unsigned threads, Isa isa, PairSink& sink) {
-    constexpr double kLookUp = 5.0;  // nanoseconds
     const Costs costs = costs_on(isa);
     const Work work = work_of(n_few, n_many, true);
     const std::vector<Block> blocks = cut(Spread::even(), k + 1);  // a pair within distance k agrees on one of them
@@ -192,15 +192,18 @@ std::optional<bool> probe_join(const std::uint64_t* few, std::size_t n_few, cons
         Piece& piece = pieces[thread];
         for (std::size_t block = 0; block < blocks.size(); ++block) {
             const ProbeTable& table = tables[block];
-            const Group values = table.in_order(many, begin, end, piece.group());
-            piece.hits.clear();
-            table.probe(values, k, isa, piece.hits);
-            for (const std::uint64_t hit : piece.hits) {
-                if (stopped.load(std::memory_order_relaxed)) return;
-                const std::size_t i = hit >> 32;
-                const std::size_t place = hit & 0xFFFFFFFFu;
-                if (first_equal(values.fp[i] ^ table.fingerprint(place)) != block) continue;
-                if (!sink.take(thread, table.id(place), values.id[i])) stopped.store(true);
+            const Group all = table.in_order(many, begin, end, piece.group());
+            for (std::size_t from = 0; from < all.size; from += Piece::kRun) {
+                const Group values = all.part(from, std::min(all.size, from + Piece::kRun));
+                piece.hits.clear();
+                table.probe(values, k, isa, piece.hits);
+                for (const std::uint64_t hit : piece.hits) {
+                    if (stopped.load(std::memory_order_relaxed)) return;
+                    const std::size_t i = hit >> 32;
+                    const std::size_t place = hit & 0xFFFFFFFFu;
+                    if (first_equal(values.fp[i] ^ table.fingerprint(place)) != block) continue;
+                    if (!sink.take(thread, table.id(place), values.id[i])) stopped.store(true);
+                }
             }
         }
     });

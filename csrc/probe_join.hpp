@@ -9,6 +9,8 @@
 
 namespace slmfast {
 
+constexpr double kLookUp = 5.0;  // nanoseconds of one value in one table, without its comparisons
+
 // Every pair of a position in `few` and one in `many`, which the sink knows in this order. False if the sink stopped it;
 // nothing, and nothing done, where the few crowd into some keys, so that looking them up would cost more than a join that
 // cuts both sides.

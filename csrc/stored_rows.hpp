@@ -42,7 +42,7 @@ public:
     // given as they lie.
     template <class Visit>
     void for_each_batch(Visit&& visit) const {
-        constexpr std::size_t kLarge = std::size_t{1} << 16;
+        constexpr std::size_t kLarge = std::size_t{1} << 18;
         std::vector<std::uint64_t> gathered;
         const auto flush = [&](Place end) {
             if (!gathered.empty()) visit(end - static_cast<Place>(gathered.size()), gathered.data(), gathered.size());

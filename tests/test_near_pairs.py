@@ -73,6 +73,30 @@ def test_every_k(draw, k):
     assert_equal_to_brute_force(draw(np.random.default_rng(k), 2500), k)
 
 
+def test_values_that_only_a_hash_confuses_end():
+    """0 and 513 differ in bits that share a bucket under the hash of scattered bits: the group can't be cut there."""
+    assert assert_equal_to_brute_force(np.array([0, 513] * 750, np.uint64), 0) == 2 * (750 * 749 // 2)
+
+
+@pytest.mark.parametrize("isa", _native.available_isas())
+def test_crowds_of_equal_fingerprints(isa, monkeypatch):
+    """Two to five values a few bits apart, each hundreds of times: all that the join can cut is used up at once."""
+    monkeypatch.setenv("SLMFAST_ISA", isa)
+    rng = np.random.default_rng(4)
+    for k in (0, 1, 2, 3, 6, 8):
+        for _ in range(8):
+            crowds = np.full(rng.integers(2, 6), rng.integers(0, 2**64, dtype=np.uint64))
+            for _ in range(rng.integers(1, 6)):
+                crowds ^= np.uint64(1) << rng.integers(0, 64, len(crowds), dtype=np.uint64)
+            assert_equal_to_brute_force(crowds[rng.integers(0, len(crowds), 900)], k)
+
+
+def test_rows_that_recur_at_a_stride_do_not_mislead_the_plan():
+    values = uniform(np.random.default_rng(5), 1 << 14)
+    values[::4] = 7
+    assert_equal_to_brute_force(values, 3)
+
+
 def test_clusters_give_pairs_so_that_equality_means_something():
     assert assert_equal_to_brute_force(clustered(np.random.default_rng(2), 5000), 3) > 1000
 
