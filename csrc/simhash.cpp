@@ -196,26 +196,25 @@ void fingerprints(const TextColumn& texts, bool normalised, int ngram, unsigned 
                  [&](std::size_t begin, std::size_t end, unsigned) {
         CodePoints text;
         std::vector<std::uint64_t> grams;  // only ever grows, since what it grows by is cleared
-        for (std::size_t i = begin; i < end; ++i) {
-            const auto row = static_cast<std::int64_t>(i);
-            out[i] = 0;
-            states[i] = RowState::null;
-            if (texts.is_null(row)) continue;
-            const std::string_view bytes = texts[row];
+        const auto first = static_cast<std::int64_t>(begin);
+        texts.for_each(first, static_cast<std::int64_t>(end), [&](std::int64_t row, bool null, std::string_view bytes) {
+            out[row] = 0;
+            states[row] = RowState::null;
+            if (null) return;
             const Decoded decoded = normalised ? decode(bytes, text, isa) : normalise(bytes, text, isa);
             if (decoded == Decoded::invalid) {
                 std::int64_t known = first_bad.load();
                 while (row < known && !first_bad.compare_exchange_weak(known, row)) {}
-                continue;
+                return;
             }
-            states[i] = decoded == Decoded::foreign ? RowState::foreign : RowState::empty;
-            if (decoded == Decoded::foreign || text.empty()) continue;
+            states[row] = decoded == Decoded::foreign ? RowState::foreign : RowState::empty;
+            if (decoded == Decoded::foreign || text.empty()) return;
             const std::size_t votes = gram_count(text, ngram);
             if (votes > grams.size()) grams.resize(votes);
             hash_grams(text, ngram, isa, grams.data());
-            out[i] = majority(grams.data(), votes, isa);
-            states[i] = few_distinct(grams.data(), votes) ? RowState::few : RowState::full;
-        }
+            out[row] = majority(grams.data(), votes, isa);
+            states[row] = few_distinct(grams.data(), votes) ? RowState::few : RowState::full;
+        });
     });
     if (first_bad.load() < texts.size())
         throw BadText("row " + std::to_string(first_bad.load()) +

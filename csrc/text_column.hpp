@@ -55,6 +55,19 @@ public:
         return null_at(*chunk, place) ? std::string_view{} : read(*chunk, place);
     }
 
+    // Calls visit(row, whether it is null, its bytes) for the rows [begin, end) in order.
+    template <class Visit>
+    void for_each(std::int64_t begin, std::int64_t end, Visit&& visit) const {
+        while (begin < end) {
+            auto [chunk, place] = locate(begin);
+            const std::int64_t stop = std::min(end, begin + chunk->length - place);
+            for (; begin < stop; ++begin, ++place) {
+                const bool null = null_at(*chunk, place);
+                visit(begin, null, null ? std::string_view{} : read(*chunk, place));
+            }
+        }
+    }
+
 private:
     template <class T>
     static T load(const char* from, std::int64_t index) {
