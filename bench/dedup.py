@@ -8,12 +8,15 @@
 Joins are compared at identical sets of pairs: without them no ratio is printed and the exit code is 1. Where a peer
 hashes other features, both rates are printed, and the quality table says what each finds. A peer too slow for the size
 that was asked for is measured at the largest fifth (n / 5, n / 25 ...) that it is expected to finish in --peer-seconds,
-and ours at that same size. Times are the best of a few runs; slow ones run once.
+and ours at that same size. Times are the best of a few runs, of as many on both sides; the case says of how many. Every
+run of a peer is a process of its own, which times its hot call alone; ours run in one process. A case that fails is
+named below the tables, and the exit code is 1.
 """
 
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,7 +127,7 @@ def install(peers: PeerFolder) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the cases; 1 if any answer that should be the same was not.
+    """Runs the cases; 1 if any answer that should be the same was not, or if our own side failed.
 
     Raises:
         UserError: an option is out of range.
@@ -147,17 +150,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.out:
         write_document(options.out, text)
     print(text)
-    return 1 if any(result.same_answer is False for result in results) else 0
+    differs = any(result.same_answer is False for result in results)
+    return 1 if differs or context.broken else 0
 
 
 def run_cases(context: Context, sizes: Sizes, names: Sequence[str]) -> list[Result]:
-    """Runs cases in the order of CASES and prints each one's table when it is done."""
+    """Runs cases in the order of CASES and prints each one's table when it is done.
+
+    A case that fails keeps the rows it has, is noted in the context, and does not keep the others from running.
+    """
     results: list[Result] = []
     for name, case in CASES.items():
         if name in names:
-            rows = list(case(context, sizes))
+            rows: list[Result] = []
+            try:
+                for row in case(context, sizes):
+                    rows.append(row)
+            except Exception as error:  # whatever it is, hours of figures must not be lost with it
+                traceback.print_exc()
+                context.fail_ourselves(name, f"{type(error).__name__}: {error}".splitlines()[0])
             results += rows
-            if name != "quality":  # which prints a table of its own
+            if rows and name != "quality":  # which prints a table of its own
                 print(f"{name}\n{table(rows)}\n", flush=True)
     return results
 
