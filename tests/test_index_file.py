@@ -5,6 +5,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -236,9 +237,12 @@ def test_a_second_writer_waits_and_is_then_told(stored, monkeypatch):
             two.add(["a text that comes too early"], [50])
         assert two.add(["", None], [51, 52]).keep.all()  # nothing to be stored
     monkeypatch.setattr(index_file, "LOCK_SECONDS", 60.0)
+    waits, sleep = threading.Event(), time.sleep
+    monkeypatch.setattr(index_file.time, "sleep", lambda seconds: (waits.set(), sleep(seconds)))
     with one._file.writing():
         waiting = threading.Thread(target=two.add, args=(["a text that waits"], [50]))
         waiting.start()
+        assert waits.wait(60), "the second writer did not wait"
     waiting.join()
     assert one.add(["a text that waits"], [51]).duplicate_of.tolist() == [50]
 
