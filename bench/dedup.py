@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # the other files of this folder
 from context import Context
 from joins import join_cases, k8_case, large_case
 from peers import PEERS, PeerFailed, PeerFolder
-from quality import Quality, corpora, quality, quality_results, quality_table
+from quality import corpora, quality, quality_results, quality_table
 from result_table import Result, document, table, write_document
 from text_cases import end_to_end_case, fingerprint_cases, index_case
 
@@ -56,11 +56,10 @@ def _large(context: Context, sizes: Sizes) -> Iterator[Result]:
 
 
 def _quality(context: Context, sizes: Sizes) -> Iterator[Result]:
-    rows: list[Quality] = []
     for corpus in corpora(context):
-        rows += quality(context, corpus)
-    print(f"quality\n{quality_table(rows)}\n", flush=True)
-    yield from quality_results(rows)
+        rows = list(quality(context, corpus))
+        print(f"quality\n{quality_table(rows)}\n", flush=True)
+        yield from quality_results(rows)
 
 
 CASES: dict[str, Callable[[Context, Sizes], Iterator[Result]]] = {
