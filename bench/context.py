@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from peers import Answer, Peer, PeerFailed, PeerFolder
-from timing import Settings, climb, in_turn
+from timing import Settings, climb, described_runs, in_turn
 
 Source = np.ndarray | pa.ChunkedArray
 
@@ -26,7 +26,9 @@ class Context:
     peers: PeerFolder
     started: float = field(default_factory=time.monotonic)
     failures: list[str] = field(default_factory=list)
-    """Peers that gave no figure, and why: named below the tables."""
+    """What gave no figure, and why: named below the tables."""
+    broken: list[str] = field(default_factory=list)
+    """Those of the failures that are our own side's: with any the exit code is 1."""
 
     def say(self, text: str) -> None:
         """A line of progress on the standard error stream, with the seconds since the start."""
@@ -37,6 +39,12 @@ class Context:
         self.say(str(failure))
         self.failures.append(f"{peer.title}, {task}: {failure}")
 
+    def fail_ourselves(self, task: str, why: object) -> None:
+        """Notes that our own side gave no figure for a task; the other figures are still to be taken."""
+        self.say(f"{task}: {why}")
+        self.failures.append(f"{task}: {why}")
+        self.broken.append(task)
+
 
 @dataclass(frozen=True, eq=False)
 class Meeting:
@@ -44,10 +52,11 @@ class Meeting:
 
     n: int
     settings: str
-    """The peer's settings, and why n is not the size that was asked for, as a remark for the table."""
+    """The peer's settings, how often both ran, and why n is not the size asked for: a remark for the table."""
+    runs: int
     source: Source
     ours: float
-    """Seconds; the best of a few runs, as theirs."""
+    """Seconds; the best of as many runs as theirs."""
     our_answer: Any
     theirs: float
     answer: Answer
@@ -81,9 +90,15 @@ def meet(
 
     reached = climb(n, choices, run, context.peers.limit)
     source = drawn(reached.n)
-    mine, our_answer, theirs = in_turn(lambda: ours(source), lambda: run(reached.n, reached.settings), reached.answer)
-    remark = "; ".join(text for text in (described(reached.settings), reached.note) if text)
-    return Meeting(reached.n, remark, source, mine, our_answer, theirs, reached.answer)
+
+    def theirs() -> tuple[float, Answer]:
+        answer = run(reached.n, reached.settings)
+        return answer.seconds, answer
+
+    race = in_turn(lambda: ours(source), theirs, (reached.answer.seconds, reached.answer))
+    remarks = (described(reached.settings), described_runs(race.runs), reached.note)
+    remark = "; ".join(text for text in remarks if text)
+    return Meeting(reached.n, remark, race.runs, source, race.ours, race.our_answer, race.theirs, race.their_answer)
 
 
 def described(settings: Settings) -> str:

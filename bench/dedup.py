@@ -8,12 +8,15 @@
 Joins are compared at identical sets of pairs: without them no ratio is printed and the exit code is 1. Where a peer
 hashes other features, both rates are printed, and the quality table says what each finds. A peer too slow for the size
 that was asked for is measured at the largest fifth (n / 5, n / 25 ...) that it is expected to finish in --peer-seconds,
-and ours at that same size. Times are the best of a few runs; slow ones run once.
+and ours at that same size. Times are the best of a few runs, of as many on both sides; the case says of how many. Every
+run of a peer is a process of its own, which times its hot call alone; ours run in one process. A case that fails is
+named below the tables, and the exit code is 1.
 """
 
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # the other files of this folder
 from context import Context
 from joins import join_cases, k8_case, large_case
 from peers import PEERS, PeerFailed, PeerFolder
-from quality import Quality, corpora, quality, quality_results, quality_table
+from quality import corpora, quality, quality_results, quality_table
 from result_table import Result, document, table, write_document
 from text_cases import end_to_end_case, fingerprint_cases, index_case
 
@@ -53,11 +56,10 @@ def _large(context: Context, sizes: Sizes) -> Iterator[Result]:
 
 
 def _quality(context: Context, sizes: Sizes) -> Iterator[Result]:
-    rows: list[Quality] = []
     for corpus in corpora(context):
-        rows += quality(context, corpus)
-    print(f"quality\n{quality_table(rows)}\n", flush=True)
-    yield from quality_results(rows)
+        rows = list(quality(context, corpus))
+        print(f"quality\n{quality_table(rows)}\n", flush=True)
+        yield from quality_results(rows)
 
 
 CASES: dict[str, Callable[[Context, Sizes], Iterator[Result]]] = {
@@ -124,7 +126,7 @@ def install(peers: PeerFolder) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the cases; 1 if any answer that should be the same was not.
+    """Runs the cases; 1 if any answer that should be the same was not, or if our own side failed.
 
     Raises:
         UserError: an option is out of range.
@@ -147,17 +149,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.out:
         write_document(options.out, text)
     print(text)
-    return 1 if any(result.same_answer is False for result in results) else 0
+    differs = any(result.same_answer is False for result in results)
+    return 1 if differs or context.broken else 0
 
 
 def run_cases(context: Context, sizes: Sizes, names: Sequence[str]) -> list[Result]:
-    """Runs cases in the order of CASES and prints each one's table when it is done."""
+    """Runs cases in the order of CASES and prints each one's table when it is done.
+
+    A case that fails keeps the rows it has, is noted in the context, and does not keep the others from running.
+    """
     results: list[Result] = []
     for name, case in CASES.items():
         if name in names:
-            rows = list(case(context, sizes))
+            rows: list[Result] = []
+            try:
+                for row in case(context, sizes):
+                    rows.append(row)
+            except Exception as error:  # whatever it is, hours of figures must not be lost with it
+                traceback.print_exc()
+                context.fail_ourselves(name, f"{type(error).__name__}: {error}".splitlines()[0])
             results += rows
-            if name != "quality":  # which prints a table of its own
+            if rows and name != "quality":  # which prints a table of its own
                 print(f"{name}\n{table(rows)}\n", flush=True)
     return results
 

@@ -36,6 +36,16 @@ def three_blocks(n: int, seed: int) -> np.ndarray:
     return _templates(n, seed, free=[range(16 * b, 16 * b + 16) for b in range(4)], templates=max(1, n // 50_000))
 
 
+def three_blocks_of_one(n: int, seed: int) -> np.ndarray:
+    """As three_blocks, but all 1 % come from one template: so many pairs that the join waits for its own output."""
+    return _templates(n, seed, free=[range(16 * b, 16 * b + 16) for b in range(4)], templates=1)
+
+
+def twenty_bits(n: int, seed: int) -> np.ndarray:
+    """1 % of the rows differ in the 20 lowest bits only."""
+    return _templates(n, seed, free=[range(20)], templates=1)
+
+
 def every_other_bit(n: int, seed: int) -> np.ndarray:
     """1 % of the rows agree on every other bit, so that any run of bits says half of what it should."""
     return _templates(n, seed, free=[range(0, 64, 2)], templates=1)
@@ -47,7 +57,7 @@ def few_bits(n: int, seed: int) -> np.ndarray:
     return _templates(n, seed, free=[places.tolist()], templates=1)
 
 
-ADVERSARIAL: tuple[Draw, ...] = (halves, three_blocks, every_other_bit, few_bits)
+ADVERSARIAL: tuple[Draw, ...] = (halves, three_blocks, three_blocks_of_one, every_other_bit, few_bits, twenty_bits)
 
 
 def _templates(n: int, seed: int, *, free: list, templates: int) -> np.ndarray:

@@ -1,25 +1,22 @@
 """Joins: all pairs of fingerprints within a Hamming distance, beside peers that find the very same pairs."""
 
-import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from context import Context, available_memory, meet
 from inputs import ADVERSARIAL, Draw, uniform
+from measured_child import NEIGHBOUR
+from own_child import ChildFailed, measured
 from peers import FAISS, SIMHASH_PYBIND, Peer, PeerFailed
 from result_table import Result
-from timing import Settings, best_time, race
+from timing import Race, Settings, best_of, best_time, described_runs, race
 
 from slmfast import _native
 from slmfast.near_duplicates import near_pairs
 
 BRUTE_FORCE_ROWS = 20_000
-CHILD = Path(__file__).parent / "measured_child.py"
 BYTES_A_RECORD = 40  # of memory that a join may need, its input included, before it is tried
 
 
@@ -65,33 +62,51 @@ def faiss_choices(k: int) -> list[Settings]:
 
 def join_cases(context: Context, n: int) -> Iterator[Result]:
     """Uniform and adversarial fingerprints: ours alone, numpy's brute force on few rows, and the peers."""
-    seconds = {}
     for draw in (uniform, *ADVERSARIAL):
-        row = _alone(context, draw, n)
-        seconds[draw] = row.ours
-        yield row
-        yield _beside_brute_force(context, draw, n)
+        yield _alone(context, draw, n)
+        yield from _beside_brute_force(context, draw, n)
+    skews = {draw: _skew(context, draw, n) for draw in ADVERSARIAL}
+    worst = max(ADVERSARIAL, key=lambda draw: skews[draw].ratio)
     yield from beside_peers(context, uniform, n)
-    worst = max(ADVERSARIAL, key=lambda draw: seconds[draw])
     yield from beside_peers(context, worst, n)
-    yield _skew(context, worst, n)
+    yield from skews.values()
+    row = skews[worst]
+    yield replace(row, case=f"slowest of {len(ADVERSARIAL)} adversarial families: {row.case}")
 
 
-def _skew(context: Context, worst: Draw, n: int) -> Result:
-    crowded, even = worst(n, context.seed), uniform(n, context.seed)
-    skewed, usual = race(
+def _skew(context: Context, draw: Draw, n: int) -> Result:
+    crowded, even = draw(n, context.seed), uniform(n, context.seed)
+    both = race(
         lambda: near_pairs(crowded, context.k, threads=context.threads),
         lambda: near_pairs(even, context.k, threads=context.threads),
     )
     return Result(
         group="joins",
-        case=f"join, slowest of {len(ADVERSARIAL)} adversarial families ({_name(worst)}) over uniform (ratio = ours / "
-        f"uniform), n={n:,}, k={context.k}",
-        ours=skewed,
-        theirs=usual,
+        case=f"join, adversarial ({_name(draw)}) over uniform (ratio = ours / uniform), n={n:,}, k={context.k}, "
+        f"{_described_output(both)}, {described_runs(both.runs)}",
+        ours=both.ours,
+        theirs=both.theirs,
         unit="s",
-        ratio=skewed / usual,
+        ratio=both.ours / both.theirs,
+        ratio_says="uniform's time",
+        predicted=predicted(n, context.k, context.threads),
     )
+
+
+def _described_output(both: Race) -> str:
+    """What the two joins of a race found, and how fast, so that a slow join can be told from one with much to say.
+
+    Where there are more than half as many again, the further time is also given for each further pair.
+    """
+    ours, theirs = len(both.our_answer[0]), len(both.their_answer[0])
+    text = f"pairs={ours:,} ({_rate(ours, both.ours)}) over {theirs:,} ({_rate(theirs, both.theirs)})"
+    if ours - theirs > theirs / 2 and both.ours > both.theirs:
+        text += f", {(both.ours - both.theirs) / (ours - theirs) * 1e9:.3g} ns a further pair"
+    return text
+
+
+def _rate(pairs: int, seconds: float) -> str:
+    return f"{pairs / seconds:.3g} pairs/s"
 
 
 def k8_case(context: Context, n: int) -> Iterator[Result]:
@@ -110,42 +125,74 @@ def beside_peers(context: Context, draw: Draw, n: int) -> Iterator[Result]:
 def _alone(context: Context, draw: Draw, n: int) -> Result:
     values = draw(n, context.seed)
     seconds, pairs = best_time(lambda: near_pairs(values, context.k, threads=context.threads))
-    plan = predicted(len(values), context.k, context.threads) if draw is uniform else None
-    case = _case(draw, values, context.k, pairs)
+    plan = predicted(len(values), context.k, context.threads)
+    case = f"{_case(draw, values, context.k, pairs)} ({_rate(len(pairs[0]), seconds)}), {_threads(context.threads)}"
     context.say(f"ours: {case}: {seconds:.3f} s")
     return Result(group="joins", case=case, ours=seconds, unit="s", predicted=plan)
 
 
-def _beside_brute_force(context: Context, draw: Draw, n: int) -> Result:
+def _beside_brute_force(context: Context, draw: Draw, n: int) -> Iterator[Result]:
     values = draw(min(n, BRUTE_FORCE_ROWS), context.seed)
-    ours, pairs = best_time(lambda: near_pairs(values, context.k, threads=context.threads))
-    theirs, found = best_time(lambda: brute_force(values, context.k))
-    return _row(_case(draw, values, context.k, pairs), "numpy brute force", np.__version__, ours, theirs, pairs, found)
+
+    def ours(threads: int) -> Any:
+        return near_pairs(values, context.k, threads=threads)
+
+    both = race(lambda: ours(1), lambda: brute_force(values, context.k))
+    seconds = {1: (both.ours, both.our_answer)}
+    if context.threads > 1:  # numpy has one thread: its measurement serves for both rows
+        seconds[context.threads] = best_of(both.runs, lambda: ours(context.threads))
+    for threads, (taken, pairs) in seconds.items():
+        yield _row(
+            f"{_case(draw, values, context.k, pairs)}, {_threads(threads)} ({described_runs(both.runs)})",
+            "numpy brute force (1 thread)",
+            np.__version__,
+            taken,
+            both.theirs,
+            pairs,
+            both.their_answer,
+            predicted(len(values), context.k, threads),
+        )
 
 
 def _beside(context: Context, peer: Peer, choices: list[Settings], draw: Draw, n: int) -> Iterator[Result]:
     if not context.peers.has(peer):
         return
 
-    def ours(values: np.ndarray) -> Any:
-        return near_pairs(values, context.k, threads=context.threads)
+    least = 1 if peer.one_thread else context.threads
+
+    def ours(values: np.ndarray, threads: int = least) -> Any:
+        return near_pairs(values, context.k, threads=threads)
 
     try:
         met = meet(context, peer, "join", n, choices, lambda size: draw(size, context.seed), ours)
     except PeerFailed as failure:
         yield _failed(context, draw, n, peer, failure)
         return
-    case = f"{_case(draw, met.source, context.k, met.our_answer)} ({met.settings})"
-    yield _row(case, peer.title, met.answer.version, met.ours, met.theirs, met.our_answer, met.answer.value)
+    seconds = {least: (met.ours, met.our_answer)}
+    if context.threads > least:  # the peer has one thread: its measurement serves for both rows
+        seconds[context.threads] = best_of(met.runs, lambda: ours(met.source, context.threads))
+    for threads, (taken, pairs) in seconds.items():
+        case = f"{_case(draw, met.source, context.k, pairs)}, {_threads(threads)} ({met.settings})"
+        plan = predicted(len(met.source), context.k, threads)
+        yield _row(case, peer.title, met.answer.version, taken, met.theirs, pairs, met.answer.value, plan)
 
 
 def _failed(context: Context, draw: Draw, n: int, peer: Peer, failure: PeerFailed) -> Result:
     context.fail(peer, f"join, {_name(draw)}, k={context.k}", failure)
     row = _alone(context, draw, n)
-    return replace(row, case=f"{row.case}: {failure}", peer=peer.title, version=peer.version, predicted=None)
+    return replace(row, case=f"{row.case}: {failure}", peer=peer.title, version=peer.version)
 
 
-def _row(case: str, peer: str, version: str, ours: float, theirs: float, pairs: Any, found: np.ndarray) -> Result:
+def _row(
+    case: str,
+    peer: str,
+    version: str,
+    ours: float,
+    theirs: float,
+    pairs: Any,
+    found: np.ndarray,
+    plan: float | None,
+) -> Result:
     same = same_pairs(pairs, found)
     return Result(
         group="joins",
@@ -157,7 +204,12 @@ def _row(case: str, peer: str, version: str, ours: float, theirs: float, pairs: 
         unit="s",
         ratio=theirs / ours if same else None,
         same_answer=same,
+        predicted=plan,
     )
+
+
+def _threads(count: int) -> str:
+    return f"{count} thread{'s' * (count > 1)}"
 
 
 def _name(draw: Draw) -> str:
@@ -174,12 +226,20 @@ def large_case(context: Context, n: int) -> Iterator[Result]:
     if n > most:
         context.say(f"join of {n:,}: memory for {most:,} only; that many are joined")
         n = most
-    context.say(f"ours: join, uniform, n={n:,}, k={context.k}")
-    arguments = ["join", str(n), str(context.k), str(context.threads), str(context.seed)]
-    done = subprocess.run([sys.executable, str(CHILD), *arguments], capture_output=True, text=True, check=True)
-    found = json.loads(done.stdout)
-    case = f"join, uniform, n={found['n']:,}, k={context.k}, pairs={found['pairs']:,}"
+    case = f"join, uniform with a neighbour for 1 row in {NEIGHBOUR:,}, n={n:,}, k={context.k}"
+    context.say(f"ours: {case}")
+    try:
+        found = measured("join", n, context.k, context.threads, context.seed)
+    except ChildFailed as failure:
+        context.fail_ourselves(case, failure)
+        return
+    case += f", pairs={found['pairs']:,}, {_threads(context.threads)}"
     plan = predicted(found["n"], context.k, context.threads)
     yield Result(group="joins", case=case, ours=found["seconds"], unit="s", predicted=plan)
     for name, value in (("without", found["bytes"]), ("with", found["bytes_with_input"])):
-        yield Result(group="joins", case=f"{case}: peak memory {name} its input", ours=value, unit="bytes/record")
+        yield Result(
+            group="joins",
+            case=f"{case}: peak memory {name} its input, those pairs included",
+            ours=value,
+            unit="bytes/record",
+        )

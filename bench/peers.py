@@ -35,10 +35,13 @@ class Peer:
     """File of bench/peer_scripts."""
     install: tuple[tuple[str, ...], ...]
     """What pip installs, in this order."""
+    one_thread: bool = False
+    """Whether it can't use more than one thread, so that ours is measured on one as well."""
 
 
 def _peer(package: str, version: str, title: str, script: str, *before: tuple[str, ...]) -> Peer:
-    return Peer(package, version, title, script, (*before, (*_COMMON, f"{package}=={version}")))
+    install = (*before, (*_COMMON, f"{package}=={version}"))
+    return Peer(package, version, title, script, install, one_thread="(1 thread)" in title)
 
 
 SIMHASH_PYBIND = _peer("simhash-pybind", "0.0.3", "simhash-pybind find_all (1 thread)", "simhash_pybind.py")

@@ -27,17 +27,19 @@ class Result:
     theirs: float | None = None
     unit: str
     ratio: float | None = None
-    """How many times better ours is, unless the case says otherwise."""
+    """How many times as fast ours is, unless `ratio_says` and the case say otherwise."""
+    ratio_says: str = "as fast"
+    """What follows the ratio in the table; not part of the JSON."""
     same_answer: bool | None = None
     """None where the two answer different questions, or where there is nobody else."""
     predicted: float | None = None
-    """What the cost formula says ours takes, in the same unit."""
+    """What the cost formula says ours takes on uniform rows of the same number, in the same unit."""
 
     def document(self) -> dict[str, Any]:
         """The row as the last line has it; the prediction goes into the case's text."""
         row = {key: getattr(self, key) for key in _KEYS}
         if self.predicted is not None:
-            row["case"] += f", predicted {self.predicted:.3g} {self.unit}"
+            row["case"] += f", predicted if uniform {self.predicted:.3g} {self.unit}"
         return row
 
 
@@ -50,10 +52,10 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
 
 def table(results: Iterable[Result]) -> str:
     """One group of results as aligned text."""
-    rows = [("case", "peer", "version", "ours", "predicted", "theirs", "ratio", "same answer")]
+    rows = [("case", "peer", "version", "ours", "predicted if uniform", "theirs", "ratio", "same answer")]
     for r in results:
         predicted = _quantity(r.predicted, r.unit)
-        ratio = "" if r.ratio is None else f"{r.ratio:.3g}x"
+        ratio = "" if r.ratio is None else f"{r.ratio:.3g}x {r.ratio_says}"
         same = {True: "yes", False: "NO: no ratio", None: ""}[r.same_answer]
         theirs = _quantity(r.theirs, r.unit)
         rows.append((r.case, r.peer or "", r.version or "", _quantity(r.ours, r.unit), predicted, theirs, ratio, same))

@@ -4,11 +4,7 @@ No peer hashes the features that we hash, so their answers differ and `same_answ
 worth stands in the quality table.
 """
 
-import json
-import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -19,14 +15,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from context import Context, Meeting, available_memory, meet
 from inputs import belle_prompts, prompts, short_texts
-from joins import CHILD
+from own_child import ChildFailed, measured
 from peers import DATA_JUICER, GAOYA, SIMHASH, Peer, PeerFailed
 from result_table import Result
-from timing import best_time, stopwatch
+from timing import best_of, best_time, described_runs, stopwatch
 
 from slmfast.near_duplicates import DedupIndex, dedup, simhash
 
 INDEX_BYTES_A_ROW = 200  # of memory, and of disk, that the index case may need before it is tried
+SCALAR_RUNS = 3
 
 
 def fingerprint_cases(context: Context) -> Iterator[Result]:
@@ -36,7 +33,10 @@ def fingerprint_cases(context: Context) -> Iterator[Result]:
     name, texts = f"{name} and BELLE" if more else name, texts + more
     order = np.random.default_rng(context.seed).permutation(len(texts))
     column = pa.chunked_array([pa.array([texts[i] for i in order], pa.string())])
-    yield from _beside_scalar(context, name, column)
+    try:
+        yield from _beside_scalar(context, name, column)
+    except ChildFailed as failure:
+        context.fail_ourselves("fingerprints by the scalar oracle", failure)
     for peer in (SIMHASH, GAOYA):
         if context.peers.has(peer):
             try:
@@ -52,17 +52,12 @@ def _beside_scalar(context: Context, name: str, column: pa.ChunkedArray) -> Iter
         table = pa.table({"text": column})
         with pa.OSFile(str(source), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
             writer.write_table(table)
-        done = subprocess.run(
-            [sys.executable, str(CHILD), "fingerprints", str(source), str(output), "1"],
-            env=os.environ | {"SLMFAST_ISA": "scalar"},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        oracle, theirs = np.load(output), json.loads(done.stdout)["seconds"]
-    seconds, values = best_time(lambda: simhash(column, threads=1))
+        found = measured("fingerprints", source, output, 1, SCALAR_RUNS, environment={"SLMFAST_ISA": "scalar"})
+        oracle, theirs = np.load(output), found["seconds"]
+    seconds, values = best_of(SCALAR_RUNS, lambda: simhash(column, threads=1))
     same = bool(np.array_equal(values, oracle))
-    case = f"fingerprints, {_described(name, column)}, 1 thread; ratio to our scalar oracle"
+    remark = f"ratio to our scalar oracle ({described_runs(SCALAR_RUNS)})"
+    case = f"fingerprints, {_described(name, column)}, 1 thread; {remark}"
     yield _rates("fingerprints", case, column, seconds, theirs, same_answer=same)
     seconds, _ = best_time(lambda: simhash(column, threads=context.threads))
     case = f"fingerprints, {_described(name, column)}, {context.threads} threads"
@@ -72,8 +67,8 @@ def _beside_scalar(context: Context, name: str, column: pa.ChunkedArray) -> Iter
 def _fingerprints_beside(context: Context, peer: Peer, name: str, column: pa.ChunkedArray) -> Iterator[Result]:
     met = _meet_fingerprints(replace(context, threads=1), peer, column)
     yield _fingerprint_row(peer, name, met, met.ours, threads=1)
-    if context.threads > 1 and peer is SIMHASH:  # which has one thread: its measurement serves for both rows
-        seconds, _ = best_time(lambda: simhash(met.source, threads=context.threads))
+    if context.threads > 1 and peer.one_thread:  # its measurement serves for both rows
+        seconds, _ = best_of(met.runs, lambda: simhash(met.source, threads=context.threads))
         yield _fingerprint_row(peer, name, met, seconds, threads=context.threads)
     elif context.threads > 1:
         met = _meet_fingerprints(context, peer, column)
@@ -182,10 +177,11 @@ def index_case(context: Context, n: int) -> Iterator[Result]:
     same = bool(np.array_equal(tail, whole[n:]))
     yield Result(
         group="index",
-        case=f"index, append {more:,} to {n:,} rows, k={context.k} (ratio = append / building anew)",
+        case=f"index, append {more:,} to {n:,} rows, k={context.k} (ratio = append / building anew; 1 run each)",
         ours=appended,
         theirs=rebuilt,
         unit="s",
         ratio=appended / rebuilt if same else None,
+        ratio_says="the time of building anew",
         same_answer=same,
     )

@@ -97,7 +97,7 @@ def stopwatch(call: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def best_time(call: Callable[[], Any]) -> tuple[float, Any]:
-    """The shortest wall time of a few calls, in seconds, and what the last one gave."""
+    """The shortest wall time of a few calls, in seconds, and what the last one gave. For rows without a peer."""
     best, total = math.inf, 0.0
     answer = None
     for _ in range(REPEATS):
@@ -108,28 +108,50 @@ def best_time(call: Callable[[], Any]) -> tuple[float, Any]:
     return best, answer
 
 
-def race(first: Callable[[], Any], second: Callable[[], Any]) -> tuple[float, float]:
-    """The shortest times of two calls that take turns, so that neither alone meets a disturbance of the machine."""
-    times: tuple[list[float], list[float]] = ([], [])
-    for _ in range(2 * REPEATS):
-        for call, taken in zip((first, second), times, strict=True):
-            taken.append(stopwatch(call)[0])
-        if sum(times[0]) + sum(times[1]) >= 2 * ENOUGH_SECONDS:
-            break
-    return min(times[0]), min(times[1])
+def best_of(runs: int, call: Callable[[], Any]) -> tuple[float, Any]:
+    """The shortest wall time of so many calls, in seconds, and what the last one gave."""
+    measured = [stopwatch(call) for _ in range(runs)]
+    return min(seconds for seconds, _ in measured), measured[-1][1]
 
 
-def in_turn(ours: Callable[[], Any], theirs: Callable[[], Answer], first: Answer) -> tuple[float, Any, float]:
-    """Both sides' shortest times: ours, then theirs again, until each has run for long enough.
+def described_runs(runs: int) -> str:
+    """How often each side was run, for the case's text."""
+    return "1 run each" if runs == 1 else f"best of {runs} runs each"
 
-    `first` is a run of theirs that counts: a slow peer runs once. Returns (our seconds, our answer, their seconds).
+
+@dataclass(frozen=True, eq=False)
+class Race:
+    """The shortest times of two sides that ran equally often, and their last answers."""
+
+    runs: int
+    ours: float
+    our_answer: Any
+    theirs: float
+    their_answer: Any
+
+
+def race(ours: Callable[[], Any], theirs: Callable[[], Any]) -> Race:
+    """Two calls that take turns, so that neither alone meets a disturbance of the machine."""
+    return in_turn(ours, lambda: stopwatch(theirs), stopwatch(theirs))
+
+
+def in_turn(
+    ours: Callable[[], Any], theirs: Callable[[], tuple[float, Any]], first: tuple[float, Any] | None = None
+) -> Race:
+    """Times both sides in turn and equally often, until theirs has run for long enough.
+
+    The best of many runs is below the best of few, so a slow peer that runs once meets one run of ours.
+
+    Args:
+        theirs: gives its own seconds and its answer.
+        first: a run of theirs that counts.
     """
-    our_best, our_answer = best_time(ours)
-    their_best = their_total = first.seconds
-    for _ in range(REPEATS - 1):
-        if their_total >= ENOUGH_SECONDS:
-            break
-        seconds = theirs().seconds
-        their_best, their_total = min(their_best, seconds), their_total + seconds
-        our_best = min(our_best, stopwatch(ours)[0])
-    return our_best, our_answer, their_best
+    their_seconds, their_answer = first or theirs()
+    our_seconds, our_answer = stopwatch(ours)
+    runs, their_total = 1, their_seconds
+    while runs < REPEATS and their_total < ENOUGH_SECONDS:
+        seconds, their_answer = theirs()
+        their_seconds, their_total = min(their_seconds, seconds), their_total + seconds
+        our_seconds = min(our_seconds, stopwatch(ours)[0])
+        runs += 1
+    return Race(runs, our_seconds, our_answer, their_seconds, their_answer)

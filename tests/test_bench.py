@@ -56,7 +56,7 @@ def brute_force(values: np.ndarray, k: int) -> int:
 @pytest.mark.parametrize("k", [0, 3])
 def test_the_last_line_is_the_document(bench, capsys, tmp_path, k):
     out = tmp_path / "figures" / "dedup.json"
-    arguments = ["--case", "join", "--n", "1000", "--k", str(k), "--out", str(out)]
+    arguments = ["--case", "join", "--n", "1000", "--k", str(k), "--threads", "2", "--out", str(out)]
     code, document, before = run(bench, capsys, tmp_path, *arguments)
     assert code == 0
     assert document.keys() == {"bench", "device", "commit", "results"} and document["bench"] == "dedup"
@@ -64,17 +64,24 @@ def test_the_last_line_is_the_document(bench, capsys, tmp_path, k):
     rows = document["results"]
     assert all(row.keys() == KEYS for row in rows)
     inputs = sys.modules["inputs"]
-    joins = [row for row in rows if row["peer"] == "numpy brute force"]
-    for row, draw in zip(joins, (inputs.uniform, *inputs.ADVERSARIAL), strict=True):
+    joins = [row for row in rows if row["peer"] == "numpy brute force (1 thread)"]
+    draws = [(draw, count) for draw in (inputs.uniform, *inputs.ADVERSARIAL) for count in ("1 thread", "2 threads")]
+    for row, (draw, threads) in zip(joins, draws, strict=True):
         values = draw(1000, 0)
         name = draw.__name__.replace("_", " ")
-        assert row["case"] == f"join, {name}, n={len(values):,}, k={k}, pairs={brute_force(values, k):,}"
+        case = f"join, {name}, n={len(values):,}, k={k}, pairs={brute_force(values, k):,}, {threads} (1 run each)"
+        assert row["case"].partition(", predicted")[0] == case
         assert row["same_answer"] is True and row["version"] == np.__version__
         assert row["ratio"] == pytest.approx(row["theirs"] / row["ours"])
-        assert row["case"] in before
-    skew = rows[-1]
-    assert "adversarial" in skew["case"] and skew["peer"] is None
-    assert skew["ratio"] == pytest.approx(skew["ours"] / skew["theirs"])
+        assert case in before
+    *families, worst = rows[-1 - len(inputs.ADVERSARIAL) :]
+    for row, draw in zip(families, inputs.ADVERSARIAL, strict=True):
+        assert f"({draw.__name__.replace('_', ' ')}) over uniform" in row["case"] and "pairs/s" in row["case"]
+        assert f"pairs={brute_force(draw(1000, 0), k):,} (" in row["case"] and row["peer"] is None
+        assert row["ratio"] == pytest.approx(row["ours"] / row["theirs"])
+    assert worst["ratio"] == max(row["ratio"] for row in families) and worst["case"].startswith("slowest of 6")
+    assert "x uniform's time" in before and "x as fast" in before
+    assert all("predicted if uniform" in row["case"] for row in rows)
 
 
 def test_peers_that_are_not_installed_are_named_with_the_remedy(bench, capsys, tmp_path):
@@ -84,11 +91,11 @@ def test_peers_that_are_not_installed_are_named_with_the_remedy(bench, capsys, t
     assert all(peer.package in last for peer in bench.PEERS) and "slmfast bench dedup --install-peers" in last
 
 
-def install_fake(bench, monkeypatch, folder: Path, source: str) -> None:
+def install_fake(bench, monkeypatch, folder: Path, source: str, *, one_thread: bool = False) -> None:
     """Puts a script in the place of simhash-pybind's, run by this interpreter."""
     joins, peers = sys.modules["joins"], sys.modules["peers"]
     (folder / "fake.py").write_text(source)
-    fake = peers.Peer("fake", "0", "fake peer", str(folder / "fake.py"), ())
+    fake = peers.Peer("fake", "0", "fake peer", str(folder / "fake.py"), (), one_thread)
     interpreter = peers.PeerFolder(folder).python(fake)
     interpreter.parent.mkdir(parents=True)
     interpreter.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
@@ -104,6 +111,16 @@ def test_a_peer_with_the_same_pairs_gets_a_ratio(bench, capsys, monkeypatch, tmp
     row = document["results"][-1]
     assert (code, row["peer"], row["version"], row["same_answer"]) == (0, "fake peer", "1.2.3", True)
     assert row["theirs"] == 0.5 and row["ratio"] == pytest.approx(0.5 / row["ours"])
+
+
+def test_a_peer_of_one_thread_meets_ours_on_one_and_on_all(bench, capsys, monkeypatch, tmp_path):
+    install_fake(bench, monkeypatch, tmp_path, JOINS.replace("CHANGE", "i, j"), one_thread=True)
+    _, document, _ = run(bench, capsys, tmp_path, "--case", "k8", "--n", "1000", "--threads", "2")
+    alone, one, two = document["results"]
+    assert (alone["peer"], one["peer"], two["peer"]) == (None, "fake peer", "fake peer")
+    assert ", 2 threads" in alone["case"] and ", 1 thread (" in one["case"] and ", 2 threads (" in two["case"]
+    for row in (one, two):
+        assert row["theirs"] == 0.5 and row["same_answer"] is True and "1 run each" in row["case"]
 
 
 @pytest.mark.parametrize(
@@ -133,7 +150,7 @@ def test_the_prediction_stands_in_the_table_and_in_the_case(bench, capsys, monke
     joins = sys.modules["joins"]
     monkeypatch.setattr(joins._native, "join_plan", lambda n, k: (5, 2, 14.0), raising=False)
     _, document, before = run(bench, capsys, tmp_path, "--case", "k8", "--n", "1000", "--threads", "2")
-    assert document["results"][0]["case"].endswith(", predicted 7 s")
+    assert document["results"][0]["case"].endswith(", predicted if uniform 7 s")
     assert "predicted" in before and "  7 s" in before
 
 
@@ -152,6 +169,30 @@ def test_texts_and_the_index(bench, capsys, tmp_path):
     assert code == 0 and rate["unit"] == "rows/s"
     assert index["same_answer"] is True and "append 30 to 3,000 rows" in index["case"]
     assert index["ratio"] == pytest.approx(index["ours"] / index["theirs"])
+
+
+def test_a_join_whose_process_is_killed_costs_no_other_figure(bench, capsys, monkeypatch, tmp_path):
+    dying = tmp_path / "measured_child.py"
+    dying.write_text("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    monkeypatch.setattr(sys.modules["own_child"], "CHILD", dying)
+    code, document, before = run(bench, capsys, tmp_path, "--case", "k8", "--n", "1000", "--case", "large")
+    assert code == 1 and len(document["results"]) == 1 and "k=8" in document["results"][0]["case"]
+    assert "no figure: join, uniform with a neighbour for 1 row in 1,000, n=5,000,000, k=3: our process ended" in before
+    assert "with code -9: it said nothing" in before
+
+
+def test_a_case_that_fails_keeps_what_it_has_and_lets_the_others_run(bench, capsys, monkeypatch, tmp_path):
+    def failing(context, sizes):
+        yield sys.modules["result_table"].Result(group="joins", case="the first", ours=1.0, unit="s")
+        raise MemoryError("too many rows")
+
+    monkeypatch.setitem(bench.CASES, "join", failing)
+    out = tmp_path / "dedup.json"
+    arguments = ["--case", "join", "--case", "k8", "--n", "1000", "--out", str(out)]
+    code, document, before = run(bench, capsys, tmp_path, *arguments)
+    first, second = document["results"]
+    assert code == 1 and first["case"] == "the first" and "k=8" in second["case"]
+    assert "no figure: join: MemoryError: too many rows" in before and json.loads(out.read_text()) == document
 
 
 @pytest.mark.parametrize("flag", ["--n", "--large-n", "--texts", "--index-rows"])

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -73,15 +74,19 @@ def test_a_peer_that_breaks_the_protocol_is_told_in_a_line(peers, tmp_path, sour
 def test_a_peer_out_of_time_is_killed_with_its_children(peers, tmp_path):
     child = tmp_path / "child"
     source = f"""
-import subprocess, sys, time
+import os, subprocess, sys, time
 sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-open({str(child)!r}, "w").write(str(sleeper.pid))
+open({str(child)!r} + ".part", "w").write(str(sleeper.pid))
+os.replace({str(child)!r} + ".part", {str(child)!r})
 time.sleep(600)
 """
-    with pytest.raises(peers.PeerFailed, match=r"peer.py was stopped after 3 s"):
-        asked(peers, tmp_path, source, timeout=3.0)
+    for timeout in (2, 10, 50):  # the first is enough unless the machine is busy
+        with pytest.raises(peers.PeerFailed, match=f"peer.py was stopped after {timeout} s"):
+            asked(peers, tmp_path, source, timeout=timeout)
+        if child.exists():
+            break
     pid = int(child.read_text())
-    for _ in range(100):
+    for _ in range(600):
         if not alive(pid):
             return
         time.sleep(0.05)
@@ -94,6 +99,20 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def test_both_sides_run_equally_often(timing):
+    for seconds, runs in ((0.3, 3), (0.8, 2), (2.5, 1)):
+        ours, theirs = [], []
+
+        def peer(seconds=seconds, theirs=theirs):
+            theirs.append(seconds)
+            return seconds + len(theirs), "theirs"
+
+        race = timing.in_turn(lambda ours=ours: ours.append(0), peer, (seconds, "first"))
+        assert len(ours) == race.runs == len(theirs) + 1 and race.theirs == seconds
+        assert race.runs == runs
+    assert timing.described_runs(1) == "1 run each" and timing.described_runs(3) == "best of 3 runs each"
 
 
 class Clock:
@@ -153,14 +172,19 @@ def test_growth_is_taken_from_the_last_two_sizes(timing, power, held):
     assert timing.expected(history, 500_000) == pytest.approx(2.0 * 5**power * 10**held)
 
 
+def index_within_reach(folder: Path) -> bool:
+    """Whether pip, without any of our code, gets a small package that has nothing to do with the peers."""
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-cache-dir", "-d", folder / "probe"]
+    return subprocess.run([*command, "iniconfig"], capture_output=True, check=False).returncode == 0
+
+
 @pytest.mark.slow
 def test_a_real_peer_in_an_environment_of_its_own(peers, tmp_path):
     folder = peers.PeerFolder(tmp_path)
     assert peers.SIMHASH in folder.missing()
-    try:
-        folder.install(peers.SIMHASH)
-    except peers.PeerFailed as failure:
-        pytest.skip(f"{failure} (no package index within reach?)")
+    if not index_within_reach(tmp_path):
+        pytest.skip("no package index within reach")
+    folder.install(peers.SIMHASH)
     assert folder.has(peers.SIMHASH) and peers.SIMHASH not in folder.missing()
     assert not folder.has(replace(peers.SIMHASH, install=(("numpy", "simhash==9"),)))  # another version is pinned
     texts = [

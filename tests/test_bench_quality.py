@@ -82,6 +82,10 @@ def test_adversarial_fingerprints_agree_where_they_say(room):
             assert fullest[-1] < 20
         if draw is inputs.halves:
             assert fullest[1] < 20 and fullest[2] >= 450  # 1 % of the rows in one bucket of two blocks
+        if draw is inputs.three_blocks_of_one:
+            assert fullest[0] > 300  # likewise
+        if draw is inputs.twenty_bits:
+            assert fullest[1] < 300 and fullest[2] >= 450  # two whole blocks, and an eighth of the third
         if draw is inputs.three_blocks:
             assert fullest[0] > 300  # each block is shared by three quarters of the template's rows
 
@@ -135,6 +139,7 @@ def test_ours_on_the_miniature_pairs_no_text_without_features(room, tmp_path):
     recalls = [row.recall for row in rows if row.tool == quality.OURS]
     assert recalls == sorted(recalls) and recalls[0] > 0
     table = quality.quality_table(rows).splitlines()
-    assert len(table) == len(rows) + 2 and "precision" in table[0]
+    assert len(table) == len(rows) + 4 and "precision" in table[0]
+    assert "is 1 by construction" in table[-2]
     results = [result.document() for result in quality.quality_results(rows)]
     assert {result["unit"] for result in results} == {"precision", "recall", "pairs"}
