@@ -50,7 +50,8 @@ private:
 class Walk {
 public:
     Walk(unsigned thread, std::size_t n, int k, bool cross, Isa isa, PairSink& sink, std::atomic<bool>& stopped)
-        : thread_(thread), k_(k), cross_(cross), costs_(costs_on(isa)), scan_(near_scan(isa)), sink_(sink),
+        : thread_(thread), k_(k), cross_(cross), ordered_(!cross), isa_(isa), costs_(costs_on(isa)),
+          scan_(near_scan(isa)), sink_(sink),
           stopped_(stopped), scratch_(4 * n) {}
 
     // Joins one top-level bucket: `consumed` key bits of plan.blocks[block] are equal in it.
@@ -128,7 +129,7 @@ private:
     }
 
     void report(std::uint32_t a, std::uint32_t b) {
-        if (!cross_ && a > b) std::swap(a, b);
+        if (ordered_ && a > b) std::swap(a, b);
         if (!sink_.take(thread_, a, b)) stopped_.store(true, std::memory_order_relaxed);
     }
 
@@ -194,26 +195,59 @@ private:
     // A group that is still large although it agrees on all required blocks: cut the bits that still vary. A plan never
     // takes up bits that are held equal, so there are at most 64 blocks on the way down.
     void join_again(const Group& left, const Group& right, std::uint64_t equal) {
-        std::uint64_t all = ~std::uint64_t{0};
-        std::uint64_t any = 0;
-        for (const Group& group : {left, right}) {
-            for (std::size_t i = 0; i < group.size; ++i) {
-                all &= group.fp[i];
-                any |= group.fp[i];
-            }
-        }
-        const std::uint64_t varying = (all ^ any) & ~equal;
-        for (const std::uint64_t block : differ_)
-            if ((block & varying) == 0) return;  // a skipped block that cannot differ: these pairs belong elsewhere
+        if (nothing_to_join(left, right)) return;
+        if (small(left, right)) return brute(left, right, equal, 0, left.size);
+        if (!cross_ && leave_crowd(left, equal)) return;
         const Spread spread = spread_of(left.fp, left.size, right.fp, right.size, ~equal, kSample);
         const Plan plan = make_plan(work_of(left.size, right.size, cross_), costs_, spread, k_);
         if (plan.required == 0) return brute(left, right, equal, 0, left.size);
         descend(left, right, plan, {0, 0, 0, equal});
     }
 
+    // If most of a group agree on a skipped block, the pairs among these belong elsewhere: only those with the rest, and
+    // among the rest, are left to join. Says whether it was so. Without it a family that shares whole blocks would be
+    // searched through once for every way to choose them.
+    bool leave_crowd(const Group& group, std::uint64_t equal) {
+        for (const std::uint64_t block : differ_) {
+            const std::uint64_t value = most_frequent(group, block);
+            std::size_t rest = 0;
+            for (std::size_t i = 0; i < group.size; ++i) rest += (group.fp[i] & block) != value;
+            if (2 * rest >= group.size) continue;
+            std::size_t front = 0;
+            for (std::size_t i = 0; front < rest; ++i) {
+                if ((group.fp[i] & block) == value) continue;
+                std::swap(group.fp[i], group.fp[front]);
+                std::swap(group.id[i], group.id[front++]);
+            }
+            const Group others = group.part(0, rest);
+            const Group crowd = group.part(rest, group.size);
+            Walk between(thread_, group.size, k_, true, isa_, sink_, stopped_);
+            between.ordered_ = ordered_;
+            between.differ_ = differ_;
+            between.join_again(others, crowd, equal);
+            join_again(others, {}, equal);
+            return true;
+        }
+        return false;
+    }
+
+    // The value of a block that more than half of a group share, if there is one (Boyer and Moore's majority vote).
+    static std::uint64_t most_frequent(const Group& group, std::uint64_t block) {
+        std::uint64_t value = 0;
+        std::size_t votes = 0;
+        for (std::size_t i = 0; i < group.size; ++i) {
+            const std::uint64_t other = group.fp[i] & block;
+            if (votes == 0) value = other;
+            votes += other == value ? 1 : static_cast<std::size_t>(-1);
+        }
+        return value;
+    }
+
     const unsigned thread_;
     const int k_;
     const bool cross_;
+    bool ordered_;  // whether a pair is told with the smaller position first
+    const Isa isa_;
     const Costs costs_;
     const NearScan scan_;
     PairSink& sink_;
