@@ -1,7 +1,6 @@
 // Jaccard similarity of two rows over their sets of normalised grams.
 #pragma once
 
-#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <vector>
@@ -19,7 +18,7 @@ public:
         size_ = 0;
         ++stamp_;
         if (entries_.size() >= 2 * most && stamp_ != 0) return;
-        std::size_t capacity = std::max<std::size_t>(64, entries_.size());
+        std::size_t capacity = entries_.size();
         while (capacity < 2 * most) capacity *= 2;
         entries_.assign(capacity, {});
         stamp_ = 1;
@@ -52,7 +51,7 @@ private:
         return at;
     }
 
-    std::vector<Entry> entries_;  // a power of two, at most half full
+    std::vector<Entry> entries_ = std::vector<Entry>(64);  // a power of two, at most half full
     std::uint32_t stamp_ = 0;
     std::size_t size_ = 0;
 };
