@@ -1,10 +1,13 @@
-// The checksum of stored bytes: 64 bits, frozen in the version of the files that hold it (slmfast/index_file.py).
+// The checksum of stored bytes: 64 bits, frozen in the version of the files that hold it (slmfast/index_format.py).
 //
 // The bytes are cut into blocks of 1 MiB. Within a block, little-endian 64-bit words go to eight lanes in turn; a lane
-// takes a word by lane = rotate(lane ^ word, 29) * odd constant, and the lanes are folded by h = mix(h ^ lane). Blocks
-// are folded the same way, in order, and the length of all comes last. Each step is a bijection of what it takes in, so
-// a change within one word always changes the checksum; any other change is missed with a chance of about 2^-64. It
-// tells damage, not forgery. Blocks are independent, so threads share them, and memory is what limits the speed.
+// takes a word by x = (lane ^ word) * odd constant, x ^= x >> 32, lane = x * odd constant, and the lanes are folded by
+// h = mix(h ^ lane). Blocks are folded the same way, in order, and the length of all comes last.
+//
+// Each step is a bijection of what it takes in, so a change within one word always changes the checksum. A change of
+// more words is missed with a chance of about 2^-64 unless it is made to fit the constants: a product passes on its
+// highest bit alone, hence two of them with a shift between, lest two or three flipped bits cancel out whatever the
+// rest. It tells damage, not forgery. Blocks are independent, so threads share them, and memory limits the speed.
 #pragma once
 
 #include <algorithm>
@@ -24,8 +27,8 @@ inline std::uint64_t checksum_block(const unsigned char* bytes, std::size_t size
     std::uint64_t lanes[kLanes];
     for (std::size_t lane = 0; lane < kLanes; ++lane) lanes[lane] = mix(lane);
     const auto take = [&](std::size_t lane, std::uint64_t word) {
-        const std::uint64_t x = lanes[lane] ^ word;
-        lanes[lane] = (x << 29 | x >> 35) * 0x9e3779b97f4a7c15u;
+        const std::uint64_t x = (lanes[lane] ^ word) * 0x9e3779b97f4a7c15u;
+        lanes[lane] = (x ^ x >> 32) * 0xbf58476d1ce4e5b9u;
     };
     const auto load = [](const unsigned char* from, std::size_t length) {
         std::uint64_t word = 0;

@@ -1,8 +1,9 @@
 """DedupIndex: deduplication in parts, against all that was kept before.
 
 A new row is joined with the stored fingerprints, which lie in the mapped file; only of those within k is the text
-looked at. An add costs a pass over the stored fingerprints and the work on the new texts; no stored text is read or
-written again.
+looked at. An add costs a pass over the stored fingerprints, the work on the new texts, and a look at the stored texts
+that these are compared with. It writes the new rows only, but for one add in a thousand or so, which first writes the
+whole file anew.
 """
 
 import operator
@@ -54,14 +55,15 @@ class DedupIndex:
 
         Args:
             texts: as for slmfast.dedup.
-            ids: n different integers, none of them in the index yet, by which later calls name these rows.
+            ids: n different integers of 64 bits, by which later calls name these rows. None may be a stored row's;
+                those of nulls, empty texts and duplicates are not stored, so they may come again.
             threads: 0 uses every core that the process may run on.
 
         Returns:
             A DedupResult whose duplicate_of holds ids: that of the stand-in, new or old; the row's own where kept.
 
         Raises:
-            TypeError, ValueError: as slmfast.dedup, or the ids are not n new and different integers.
+            TypeError, ValueError: as slmfast.dedup, or the ids are not n different integers, or one is a stored row's.
             UserError: the file can't be written, was damaged, or somebody else is writing to it; nothing is added.
         """
         threads = whole_number("threads", threads)
@@ -110,7 +112,8 @@ class DedupIndex:
     def _refuse_known(self, new_ids: np.ndarray, threads: int) -> None:
         ascending = new_ids if _ascend(new_ids) else np.sort(new_ids)
         for segment in self._file.segments:
-            first, last = np.searchsorted(ascending, (segment.lowest, segment.highest + 1))
+            first = np.searchsorted(ascending, segment.lowest, side="left")
+            last = np.searchsorted(ascending, segment.highest, side="right")  # highest + 1 may not fit int64
             inside = ascending[first:last]
             found = _native.common_id(inside, segment.ids, threads) if len(inside) else -1
             if found >= 0:

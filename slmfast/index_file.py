@@ -2,15 +2,16 @@
 
 The file is mapped into memory and never read as a whole into it. A writer holds an advisory lock (flock) on the file;
 readers need none, since committed bytes never change. A file of very many segments is written anew as one, beside the
-old file, and renamed over it. Where the system has no flock (Windows), one process at a time is up to the user.
+old file, and renamed over it.
 """
 
+import fcntl
 import os
 import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from io import FileIO
 from itertools import pairwise
 from pathlib import Path
@@ -23,13 +24,8 @@ from slmfast.errors import UserError
 from slmfast.index_format import Columns, Commit, Damage, Segment
 from slmfast.store import atomic_path
 
-try:
-    import fcntl
-except ImportError:  # not on Windows
-    fcntl = None
-
 LOCK_SECONDS = 10.0  # how long a second writer waits for the first
-MOST_SEGMENTS = 1024  # so many are merged into one before the next append
+MOST_SEGMENTS = 1024  # so many are merged into one before the next append, if there is room for the merged file
 _ROWS_PER_PIECE = 1 << 16  # rows that are copied at a time
 _MOST_ROWS = (1 << 32) - 2  # of one segment: the native module's limit
 _REMEDY = "restore it from a copy, or delete it to begin anew"
@@ -48,6 +44,7 @@ class IndexFile:
         self._settings = settings
         self._commit: Commit | None = None  # up to which the file was read
         self._identity: tuple[int, int] | None = None  # of the file that the segments lie in
+        self._merge_at = 0  # segments before which no merge is tried, because the last one failed
         self.refresh()
 
     def __len__(self) -> int:
@@ -55,18 +52,15 @@ class IndexFile:
 
     def refresh(self) -> None:
         """Reads what was appended since; all of it, if another file has taken the place of the one read."""
-        try:
-            with self.path.open("rb") as file:
-                self._read(file)
-        except FileNotFoundError:
-            if self._commit is not None:
-                raise UserError(f"{self.path} is gone: open the index anew to begin an empty one") from None
-        except OSError as error:
-            raise UserError(f"{self.path}: the index can't be opened ({_reason(error)}); {_REMEDY}") from error
-        except Damage as damage:
-            raise UserError(f"{self.path}: the index is damaged, {damage}; {_REMEDY}") from damage
+        with self._explained("opened", "see that it is a file and may be read, and try again"):
+            try:
+                with self.path.open("rb", buffering=0) as file:
+                    self._read(file)
+            except FileNotFoundError:
+                if self._commit is not None:
+                    raise UserError(f"{self.path} is gone: open the index anew to begin an empty one") from None
 
-    def _read(self, file: BinaryIO) -> None:
+    def _read(self, file: FileIO) -> None:
         status = os.fstat(file.fileno())
         identity = (status.st_dev, status.st_ino)
         prefix, commit = self._read_commit(file)
@@ -79,7 +73,7 @@ class IndexFile:
         self.segments = self._grown(file, identity, commit) or index_format.read_segments(file, known, commit)
         self._commit, self._identity = commit, identity
 
-    def _grown(self, file: BinaryIO, identity: tuple[int, int], commit: Commit) -> list[Segment] | None:
+    def _grown(self, file: FileIO, identity: tuple[int, int], commit: Commit) -> list[Segment] | None:
         """The segments, if the file is the one that was read and has but grown since."""
         if self._commit is None or identity != self._identity:
             return None
@@ -88,7 +82,8 @@ class IndexFile:
         except Damage:  # or somebody copied another index over it: reading it whole will tell
             return None
 
-    def _read_commit(self, file: BinaryIO | FileIO) -> tuple[bytes, Commit]:
+    def _read_commit(self, file: FileIO) -> tuple[bytes, Commit]:
+        """The first bytes of an unbuffered file (a buffer would give the same bytes again), and what they commit."""
         prefix = b""
         while True:
             file.seek(0)
@@ -115,19 +110,19 @@ class IndexFile:
         while True:
             with self._locked() as file:
                 self.refresh()
-                if len(self.segments) < MOST_SEGMENTS or len(self) > _MOST_ROWS:
+                if len(self.segments) < max(MOST_SEGMENTS, self._merge_at) or len(self) > _MOST_ROWS:
                     yield lambda columns: self._append(file, columns)
                     return
-                self._merge()  # into another file, which is yet to be locked
+                self._merge()  # into another file, which is yet to be locked; else not again so soon
 
     @contextmanager
     def _locked(self) -> Iterator[FileIO]:
         deadline = time.monotonic() + LOCK_SECONDS
         while True:
-            with self._explained():
+            with self._explained_write():
                 file = self._open()
             with file:
-                with self._explained():
+                with self._explained_write():
                     ours = _try_lock(file)
                 try:
                     if ours and self._in_place(file):
@@ -180,42 +175,52 @@ class IndexFile:
 
     def _append(self, file: FileIO, columns: Columns) -> None:
         before = self._commit
-        if before is None or self._read_commit(file)[1] != before:  # nothing but the lock prevents it
-            raise UserError(f"{self.path} was written to by another process meanwhile: add the same texts again")
-        with self._explained():
+        with self._explained_write():
+            if before is None or self._read_commit(file)[1] != before:  # nothing but the lock prevents it
+                raise UserError(f"{self.path} was written to by another process meanwhile: add the same texts again")
             try:
                 segment, commit = index_format.write_segment(file, before, columns)
                 _put_on_disk(file)
-                grown = [*self.segments, segment]
-                index_format.write_commit(file, commit)
-                _put_on_disk(file)
             except BaseException:  # nothing is added, and the room is given back
                 with suppress(OSError):
-                    index_format.write_commit(file, before)
                     file.truncate(before.end)
                 raise
-        self.segments, self._commit = grown, commit
+            try:
+                index_format.write_commit(file, commit)
+                _put_on_disk(file)
+            except BaseException:  # nothing is added; no room is given back, as a reader may have mapped it by now
+                with suppress(OSError):
+                    index_format.write_commit(file, before)
+                raise
+        self.segments, self._commit = [*self.segments, segment], commit
 
     def _merge(self) -> None:
-        """Writes all segments anew as one."""
-        path = self.path.resolve()  # a link stays a link
-        content, empty = index_format.new_file(self._settings)
-        with self._explained(), atomic_path(path) as temporary, temporary.open("w+b", buffering=0) as file:
-            shutil.copymode(path, temporary)
-            file.write(content)
-            _, commit = index_format.write_segment(file, empty, _all_columns(self.segments))
-            index_format.write_commit(file, commit)
+        """Writes all segments anew as one, or puts that off where the system refuses it."""
+        try:
+            path = self.path.resolve()  # a link stays a link
+            content, empty = index_format.new_file(self._settings)
+            with atomic_path(path) as temporary, temporary.open("w+b", buffering=0) as file:
+                shutil.copymode(path, temporary)
+                file.write(content)
+                _, commit = index_format.write_segment(file, empty, _all_columns(self.segments))
+                index_format.write_commit(file, commit)
+        except OSError:  # no room for a second file, or a read-only folder: an append can do without either
+            self._merge_at = len(self.segments) + MOST_SEGMENTS
+
+    def _explained_write(self) -> AbstractContextManager[None]:
+        remedy = f"see that it and the folder {self.path.parent} exist, may be written to and have room"
+        return self._explained("written", remedy)
 
     @contextmanager
-    def _explained(self) -> Iterator[None]:
+    def _explained(self, doing: str, remedy: str) -> Iterator[None]:
+        """Makes an error of the system and damage of the file one line for the user."""
         try:
             yield
         except OSError as error:
-            folder = self.path.parent
-            raise UserError(
-                f"{self.path}: the index can't be written ({_reason(error)}); "
-                f"see that it and the folder {folder} exist, may be written to and have room"
-            ) from error
+            reason = error.strerror or error
+            raise UserError(f"{self.path}: the index can't be {doing} ({reason}); {remedy}") from error
+        except Damage as damage:
+            raise UserError(f"{self.path}: the index is damaged, {damage}; {_REMEDY}") from damage
 
 
 def _all_columns(segments: list[Segment]) -> Columns:
@@ -234,8 +239,6 @@ def _all_columns(segments: list[Segment]) -> Columns:
 
 def _try_lock(file: FileIO) -> bool:
     """Whether the file is ours to write until it is unlocked."""
-    if fcntl is None:
-        return True
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -244,14 +247,9 @@ def _try_lock(file: FileIO) -> bool:
 
 
 def _unlock(file: FileIO) -> None:
-    if fcntl is not None:  # closing would not do: what is mapped through the file holds the lock too
-        fcntl.flock(file, fcntl.LOCK_UN)
+    fcntl.flock(file, fcntl.LOCK_UN)  # closing would not do: what is mapped through the file holds the lock too
 
 
 def _put_on_disk(file: BinaryIO | FileIO) -> None:
     file.flush()
     os.fsync(file.fileno())
-
-
-def _reason(error: OSError) -> str:
-    return error.strerror or str(error)

@@ -21,7 +21,7 @@ import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 from io import FileIO
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -118,7 +118,7 @@ def parse_commit(prefix: bytes, size: int) -> Commit:
     return commit
 
 
-def parse_settings(prefix: bytes, file: BinaryIO, commit: Commit) -> tuple[dict[str, Any], Commit]:
+def parse_settings(prefix: bytes, file: FileIO, commit: Commit) -> tuple[dict[str, Any], Commit]:
     """The settings, and the commit of the same file before its first segment. Raises Damage."""
     _, _, length, checksum = _HEAD.unpack_from(prefix)
     file.seek(PREFIX)
@@ -128,7 +128,7 @@ def parse_settings(prefix: bytes, file: BinaryIO, commit: Commit) -> tuple[dict[
     return json.loads(text), Commit(PREFIX + length, 0, 0, checksum)
 
 
-def read_segments(file: BinaryIO, before: Commit, now: Commit) -> list[Segment]:
+def read_segments(file: FileIO, before: Commit, now: Commit) -> list[Segment]:
     """Maps and checks the segments from one commit to a later one. Raises Damage."""
     segments: list[Segment] = []
     at, chain, rows = before.end, before.chain, before.rows
@@ -226,7 +226,7 @@ class _Header(NamedTuple):
 class _Mapped:
     """The bytes [begin, end) of a file as memory, addressed by their places in the file."""
 
-    def __init__(self, file: BinaryIO, begin: int, end: int) -> None:
+    def __init__(self, file: FileIO, begin: int, end: int) -> None:
         self._begin = begin
         self._memory = _native.MappedBytes(file.fileno(), begin, end)
 

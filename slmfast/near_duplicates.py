@@ -192,11 +192,18 @@ def __getattr__(name: str) -> Any:
 
 
 def whole_number(name: str, value: Any) -> int:
-    """A setting as an int; TypeError names it where it is no whole number."""
+    """A setting as an int of 32 bits, as the native module takes it; that one knows the exact range.
+
+    Raises:
+        TypeError, ValueError: it is no whole number, or does not fit; the message names it.
+    """
     try:
-        return operator.index(value)
+        number = operator.index(value)
     except TypeError:
         raise TypeError(f"{name} must be a whole number, not {value!r}") from None
+    if not -(1 << 31) <= number < 1 << 31:
+        raise ValueError(f"{name} must fit 32 bits, not {number}")
+    return number
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from slmfast import DedupIndex, UserError, dedup, index_file, near_duplicates
+from slmfast import DedupIndex, UserError, dedup, index_file, near_duplicates, near_pairs, simhash
 
 TEXTS = [
     *(
@@ -187,6 +187,42 @@ def test_known_ids_are_found_among_interleaved_ones(tmp_path, order):
         with pytest.raises(ValueError, match=f"id {known} is in the index already"):
             index.add([None], [known])  # nothing to store, but the id names another row
     assert index.add(["an odd text of its own", None], [-1, 1]).keep.all()
+
+
+@pytest.mark.parametrize("extreme", [-(2**63), 2**63 - 1])
+def test_the_least_and_the_greatest_id_are_known_too(tmp_path, extreme):
+    index = DedupIndex(tmp_path / "kept.index")
+    index.add(["a text that is the first"], [extreme])
+    for ids in ([extreme], [extreme, 0], [5, extreme]):
+        with pytest.raises(ValueError, match=f"id {extreme} is in the index already"):
+            index.add(["quite another one", "請寫一首關於春天的詩"][: len(ids)], ids)
+    assert len(index) == 1
+
+
+def test_ids_of_rows_that_are_not_stored_may_come_again(tmp_path):
+    index = DedupIndex(tmp_path / "kept.index")
+    index.add(["a text that is the first", "A text that is the first", None, ""], [1, 2, 3, 4])
+    assert index.add(["quite another one", None, ""], [2, 3, 4]).keep.all()
+    assert len(index) == 2
+
+
+@pytest.mark.parametrize("value", [2**31, -(2**31) - 1, 2**40, 10**30])
+def test_settings_beyond_32_bits_are_refused_in_one_line(tmp_path, value):
+    index = DedupIndex(tmp_path / "kept.index")
+    calls = {
+        "k": [lambda: dedup(["a"], k=value), lambda: near_pairs([], value), lambda: DedupIndex(index.path, value)],
+        "ngram": [lambda: dedup(["a"], ngram=value), lambda: simhash(["a"], ngram=value)],
+        "threads": [
+            lambda: dedup(["a"], threads=value),
+            lambda: near_pairs([], threads=value),
+            lambda: simhash(["a"], threads=value),
+            lambda: index.add(["a"], [1], threads=value),
+        ],
+    }
+    for name, some in calls.items():
+        for call in some:
+            with pytest.raises(ValueError, match=rf"^{name} must fit 32 bits, not {value}$"):
+                call()
 
 
 def test_the_class_is_found_where_it_was_before():
