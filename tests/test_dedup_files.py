@@ -446,13 +446,13 @@ def test_tables_that_do_not_agree_are_refused(tables, expected, tmp_path):
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_a_file_that_changes_meanwhile_is_noticed(tmp_path, monkeypatch):
+@pytest.mark.parametrize("count", [11, 10])
+def test_a_file_that_changes_meanwhile_is_noticed(count, tmp_path, monkeypatch):
     path = write(tmp_path / "t.jsonl", [{"text": str(i) * 9} for i in range(10)])
     original = table_files.JsonTable.rows
 
     def rows(self, schema):
-        with path.open("a") as file:
-            file.write('{"text": "one more"}\n')
+        write(path, [{"text": f"other {i}"} for i in range(count)])
         return original(self, schema)
 
     monkeypatch.setattr(table_files.JsonTable, "rows", rows)
@@ -469,3 +469,14 @@ def test_a_large_cluster_is_told_once(capsys, tmp_path, recwarn):
     assert alarm.startswith(f"dedup: row 100 of {path} stands for 11 of 111 rows (9.9%)")
     assert counts.startswith("111 rows in = 101 kept + 10 dropped")
     assert (error, list(recwarn)) == ("", [])
+
+
+def test_an_interrupt_says_that_nothing_is_written(capsys, tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    path = write(tmp_path / "t.jsonl", [{"text": "a"}])
+    monkeypatch.setattr(table_files.JsonTable, "rows", interrupt)
+    code, _, error = outcome(capsys, "dedup", path, "--column", "text", "-o", tmp_path / "out")
+    assert (code, error) == (130, "slmfast: interrupted; nothing is written")
+    assert list(tmp_path.iterdir()) == [path]
