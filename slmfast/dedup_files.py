@@ -4,7 +4,6 @@ The texts go into one memory-mapped Arrow file, which the C++ engine reads in pl
 are held in memory. The rows are then read again and written, those that stay and, by number, those that go.
 """
 
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from slmfast.errors import UserError
-from slmfast.near_duplicates import DedupResult, LargeClusterWarning, dedup
+from slmfast.near_duplicates import DedupResult, find_duplicates
 from slmfast.progress import Progress
 from slmfast.store import ROWS_PER_GROUP, ShardWriter, atomic_path
 from slmfast.table_files import TableFile, open_tables
@@ -133,9 +132,7 @@ def _find(spool: Path, settings: dict[str, Any]) -> DedupResult:
 
 def _dedup(texts: Any, settings: dict[str, Any]) -> DedupResult:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", LargeClusterWarning)  # the caller tells it, by file and row
-            return dedup(texts, **settings)
+        return find_duplicates(texts, **settings)  # its alarm names a file and a row: see _Rows.alarm
     except (TypeError, ValueError) as error:  # a setting out of range, or too many rows
         raise UserError(f"dedup: {error}") from error
 
