@@ -125,7 +125,10 @@ class JsonTable:
     def _refuse_rounding(self, block: _Block, columns: list[str]) -> None:
         for index, line in enumerate(block.data.split(b"\n")):
             if _LONG_INTEGER.search(line):
-                row = json.loads(line, parse_int=Decimal)  # of any number of digits
+                try:
+                    row = json.loads(line, parse_int=Decimal)  # of any number of digits
+                except ValueError as error:  # Arrow reads Inf
+                    self._refuse(block, index, str(error), error)
                 for name in columns:
                     if (number := _rounded(row.get(name))) is not None:
                         reason = f"column {name} holds floats, none of which is {number:.40}: write it as a string"

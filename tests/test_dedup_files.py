@@ -345,6 +345,7 @@ BROKEN_FILES = {
     "two.jsonl": (b'{"text":"a"} {"text":"b 9007199254740993 ","n":0.5}', "2 objects on 1 lines"),
     "cross.jsonl": (b'{"text":"a"}{"text":"b"}\n{"text":"c","n":{}\n}\n', "line 3: not one whole object"),
     "inner.jsonl": (b'{"text":"a","o":{"x":1,"x":2}}\n', "line 1: Column(/o/x) was specified twice"),
+    "inf.jsonl": (b'{"text":"a","n":Inf,"i":9007199254740993}\n', "line 1: Expecting value"),
     "bare.jsonl": (b"{}\n{}\n", "has no column text"),
     "deep.jsonl": (
         b'{"text":"a","n":' + b"[" * 2000 + b"]" * 2000 + b"}",
