@@ -26,7 +26,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"slmfast: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("slmfast: interrupted; the same command goes on from here", file=sys.stderr)
+        one_step = arguments.command == "dedup" and arguments.column is not None
+        state = "nothing is written" if one_step else "the same command goes on from here"
+        print(f"slmfast: interrupted; {state}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader of our output has gone

@@ -4,7 +4,6 @@ The texts go into one memory-mapped Arrow file, which the C++ engine reads in pl
 are held in memory. The rows are then read again and written, those that stay and, by number, those that go.
 """
 
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,9 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from slmfast.errors import UserError
-from slmfast.near_duplicates import DedupResult, LargeClusterWarning, dedup
+from slmfast.near_duplicates import DedupResult, find_duplicates
 from slmfast.progress import Progress
-from slmfast.store import ROWS_PER_GROUP, ShardWriter, atomic_path, remove
+from slmfast.store import ROWS_PER_GROUP, ShardWriter, atomic_path
 from slmfast.table_files import TableFile, open_tables
 from slmfast.table_schema import CommonSchema
 
@@ -53,14 +52,16 @@ def dedup_files(inputs: Sequence[Path], column: str, output: Path, **settings: A
         settings: those of slmfast.dedup.
 
     Raises:
-        UserError: a file can't be read or does not agree with the others, or a setting is out of range.
+        UserError: a file can't be read, changes meanwhile or does not agree with the others, the disk is full, or a
+            setting is out of range.
     """
     output = output.absolute()
     if output.is_file() or (output.exists() and any(output.iterdir())):
         raise UserError(f"{output} is a file or holds files: give a new folder with -o")
     _dedup([], settings)  # refuses settings out of range before any file is read
     files = open_tables(inputs)
-    with atomic_path(output) as folder, _gone_if_failed(folder):
+    stamps = [_stamp(file.path) for file in files]
+    with _writable(output), atomic_path(output) as folder:
         folder.mkdir()
         spool = folder / "texts.arrow"
         schema, starts = _write_texts(files, column, spool)
@@ -69,18 +70,28 @@ def dedup_files(inputs: Sequence[Path], column: str, output: Path, **settings: A
         result = _find(spool, settings)
         spool.unlink()
         rows = _Rows(files, starts, result)
-        rows.write_kept(schema, folder / "kept")
+        rows.write_kept(schema, folder / "kept", stamps)
         rows.write_dropped(folder / "dropped.parquet")
         return Outcome(result.n_kept, len(result.keep) - result.n_kept, rows.alarm())
 
 
 @contextmanager
-def _gone_if_failed(folder: Path) -> Iterator[None]:
+def _writable(output: Path) -> Iterator[None]:
+    """Turns what the system says of a full disk, or of one that fails, into one line that names the folder."""
     try:
         yield
-    except BaseException:
-        remove(folder)
-        raise
+    except OSError as error:
+        reason = " ".join(str(error.strerror or error).split())
+        raise UserError(f"{output} can't be written ({reason}): make room, or give another folder with -o") from error
+
+
+def _stamp(path: Path) -> tuple[int, ...] | None:
+    """What tells whether a file has been changed or replaced; None where it is gone."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_size, status.st_mtime_ns, status.st_ino
 
 
 def _write_texts(files: list[TableFile], column: str, spool: Path) -> tuple[pa.Schema, np.ndarray]:
@@ -121,9 +132,7 @@ def _find(spool: Path, settings: dict[str, Any]) -> DedupResult:
 
 def _dedup(texts: Any, settings: dict[str, Any]) -> DedupResult:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", LargeClusterWarning)  # the caller tells it, by file and row
-            return dedup(texts, **settings)
+        return find_duplicates(texts, **settings)  # its alarm names a file and a row: see _Rows.alarm
     except (TypeError, ValueError) as error:  # a setting out of range, or too many rows
         raise UserError(f"dedup: {error}") from error
 
@@ -136,11 +145,12 @@ class _Rows:
         # A file's name may hold bytes that are not UTF-8; a table's text may not.
         self._names = pa.array([str(file.path).encode(errors="replace").decode() for file in files], pa.string())
 
-    def write_kept(self, schema: pa.Schema, folder: Path) -> None:
-        """Reads all files again and writes the rows that stay."""
+    def write_kept(self, schema: pa.Schema, folder: Path, stamps: list[tuple[int, ...] | None]) -> None:
+        """Reads all files again and writes the rows that stay. UserError where a file has no longer its stamp."""
         progress = Progress("dedup: writing", len(self._result.keep))
         with ShardWriter(folder, schema) as writer:
-            for file, start, end in zip(self._files, self._starts[:-1], self._starts[1:], strict=True):
+            parts = zip(self._files, stamps, self._starts[:-1], self._starts[1:], strict=True)
+            for file, stamp, start, end in parts:
                 for batch in file.rows(schema):
                     keep = self._result.keep[start : min(end, start + len(batch))]
                     start += len(batch)
@@ -148,7 +158,7 @@ class _Rows:
                         break
                     writer.write(batch.filter(pa.array(keep)))
                     progress.add(len(batch))
-                if start != end:
+                if start != end or _stamp(file.path) != stamp:
                     raise UserError(f"{file.path} changed while it was read: run again when it is complete")
         progress.close()
 

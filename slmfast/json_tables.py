@@ -3,12 +3,14 @@
 Arrow infers a column's type from one block of a file, and its own streaming reader holds on to what the first block
 says. Here each block is inferred by itself and the types are brought together (slmfast.table_schema), so a column may
 begin with a million nulls. What looks like a time stays the text that it is, and an integer that a column of floats
-would round is refused.
+would round is refused. A line holds one whole object: Arrow would take more, or less, but only within a block.
 """
 
 import json
 import re
 from collections.abc import Iterator
+from decimal import Decimal
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -16,14 +18,17 @@ import pyarrow as pa
 import pyarrow.json
 
 from slmfast.errors import UserError
-from slmfast.readers.json_stream import MAX_VALUE_BYTES, Broken, read_array
-from slmfast.table_schema import holds_floats
+from slmfast.readers.json_stream import MAX_VALUE_BYTES, Broken, RawDecoder, read_array
+from slmfast.table_schema import CommonSchema, conform, holds_floats, with_leaves
 
 BLOCK_BYTES = 4 << 20
+MAX_DEPTH = 100  # of objects and lists in one another; of tens of thousands Arrow would crash
 
 _BOM = b"\xef\xbb\xbf"
 _LONG_INTEGER = re.compile(rb"(?:^|[\s:,\[])-?\d{16,}\s*(?:[,}\]\s]|$)")  # one that a float may not hold exactly
 _ROW = re.compile(r" in row (\d+)$")
+_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"')
+_NO_BRACKET = re.compile(rb"[^\[\]{}]")
 
 
 class _Block(NamedTuple):
@@ -33,6 +38,10 @@ class _Block(NamedTuple):
     first: int  # 1-based number of the first line or element
     unit: str = "line"
 
+    def full_lines(self) -> list[int]:
+        """The indices of the lines that are not blank."""
+        return [index for index, line in enumerate(self.data.split(b"\n")) if line.strip()]
+
 
 class JsonTable:
     """The rows of a JSON lines file, or of a file that holds one JSON array of objects; .gz and .zst too."""
@@ -41,17 +50,23 @@ class JsonTable:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._types = CommonSchema()  # of this file alone
 
     def texts(self, column: str) -> Iterator[tuple[pa.Schema, pa.Array]]:
         """The column's texts in blocks, each with the schema of the block. See table_files.TableFile."""
         names: dict[str, None] = {}
         found, empty = False, True
         for block in self._blocks():
+            self._check_lines(block)
             table = self._parse(block, pa.schema([(column, pa.string())]), "infer")
-            found = found or _mentions(block, column, table)
+            lines = len(block.full_lines())
+            if len(table) != lines:  # where they agree, each line is one object: all begin and end with a brace
+                self._refuse(block, None, f"{len(table)} objects on {lines} lines, not one on each", None)
+            found = found or self._mentions(block, column, table)
             empty = False
             names |= dict.fromkeys(table.column_names)
-            schema = pa.schema([(field.name, _without_times(field.type)) for field in table.schema])
+            schema = pa.schema([(field.name, with_leaves(field.type, _without_times)) for field in table.schema])
+            self._types.add(self.path, schema, complete=False)
             yield schema, table.column(column).combine_chunks()
         if not (found or empty):
             others = ", ".join(name for name in names if name != column) or "nothing else"
@@ -59,27 +74,44 @@ class JsonTable:
 
     def rows(self, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
         """All rows under a schema, in blocks. See table_files.TableFile."""
-        floats = [field.name for field in schema if holds_floats(field.type)]
+        own = self._types.result()
+        floats = [field.name for field in own if holds_floats(field.type)]
         for block in self._blocks():
-            table = self._parse(block, schema, "error")
+            table = self._parse(block, own, "error")
             if floats and _LONG_INTEGER.search(block.data):
                 self._refuse_rounding(block, floats)
-            yield from table.combine_chunks().to_batches()
+            for batch in table.combine_chunks().to_batches():
+                yield conform(batch, schema, self.path)
+
+    def _check_lines(self, block: _Block) -> None:
+        try:
+            block.data.decode()
+        except UnicodeDecodeError as error:
+            self._refuse(block, block.data.count(b"\n", 0, error.start), "not UTF-8", error)
+        for index, line in enumerate(block.data.split(b"\n")):
+            line = line.strip()
+            if line and not (line.startswith(b"{") and line.endswith(b"}")):
+                self._refuse(block, index, "not one whole object on this line", None)
+            if line.count(b"[") + line.count(b"{") > MAX_DEPTH and _depth(line) > MAX_DEPTH:
+                self._refuse(block, index, f"lists and objects nested more than {MAX_DEPTH} deep", None)
+
+    def _mentions(self, block: _Block, column: str, table: pa.Table) -> bool:
+        """Whether a block has the column at all: nulls alone may also mean that no row names it."""
+        if table.column(column).null_count < len(table):
+            return True
+        return column in self._parse(block, pa.schema([]), "infer").column_names
 
     def _parse(self, block: _Block, schema: pa.Schema, unexpected: str) -> pa.Table:
         try:
-            block.data.decode()
             return pyarrow.json.read_json(
                 pa.BufferReader(block.data),
                 read_options=pyarrow.json.ReadOptions(use_threads=False, block_size=len(block.data) + 1),
                 parse_options=pyarrow.json.ParseOptions(explicit_schema=schema, unexpected_field_behavior=unexpected),
             )
-        except UnicodeDecodeError as error:
-            self._refuse(block, block.data.count(b"\n", 0, error.start), "not UTF-8", error)
         except pa.ArrowException as error:
             reason = " ".join(str(error).split()).removeprefix("JSON parse error: ")
             row = _ROW.search(reason)
-            full = [i for i, line in enumerate(block.data.split(b"\n")) if line.strip()]
+            full = block.full_lines()
             index = full[int(row[1])] if row and int(row[1]) < len(full) else None
             self._refuse(block, index, _ROW.sub("", reason).rstrip("."), error)
 
@@ -93,10 +125,13 @@ class JsonTable:
     def _refuse_rounding(self, block: _Block, columns: list[str]) -> None:
         for index, line in enumerate(block.data.split(b"\n")):
             if _LONG_INTEGER.search(line):
-                row = json.loads(line)
+                try:
+                    row = json.loads(line, parse_int=Decimal)  # of any number of digits
+                except ValueError as error:  # Arrow reads Inf
+                    self._refuse(block, index, str(error), error)
                 for name in columns:
                     if (number := _rounded(row.get(name))) is not None:
-                        reason = f"column {name} holds floats, none of which is {number}: write it as a string"
+                        reason = f"column {name} holds floats, none of which is {number:.40}: write it as a string"
                         self._refuse(block, index, reason, None)
 
     def _blocks(self) -> Iterator[_Block]:
@@ -133,13 +168,14 @@ class JsonTable:
 def _elements(stream: Any) -> Iterator[_Block]:
     lines: list[bytes] = []
     size, number = 0, 0
-    for number, element in read_array(stream):
-        if not isinstance(element, dict):
+    for number, element in read_array(stream, decoder=RawDecoder()):
+        if not element.startswith("{"):
             raise Broken(f"element {number} is no object")
         try:
-            lines.append(json.dumps(element, ensure_ascii=False).encode())
+            # A line end is never part of a value: within strings JSON writes it \\n.
+            lines.append(element.replace("\n", " ").encode())
         except UnicodeEncodeError as error:
-            raise Broken(f"element {number} is not UTF-8, or holds a lone surrogate") from error
+            raise Broken(f"element {number} is not UTF-8") from error
         size += len(lines[-1])
         if size >= BLOCK_BYTES:
             yield _Block(b"\n".join(lines), number - len(lines) + 1, "element")
@@ -148,24 +184,19 @@ def _elements(stream: Any) -> Iterator[_Block]:
         yield _Block(b"\n".join(lines), number - len(lines) + 1, "element")
 
 
-def _mentions(block: _Block, column: str, table: pa.Table) -> bool:
-    """Whether a block has the column at all: nulls alone may also mean that no row names it."""
-    return table.column(column).null_count < len(table) or json.dumps(column, ensure_ascii=False).encode() in block.data
+def _depth(line: bytes) -> int:
+    """How many brackets and braces are open at once, at most."""
+    brackets = _NO_BRACKET.sub(b"", _STRING.sub(b"", line))
+    return max(accumulate(1 if bracket in b"[{" else -1 for bracket in brackets), default=0)
 
 
 def _without_times(kind: pa.DataType) -> pa.DataType:
-    if pa.types.is_timestamp(kind):
-        return pa.string()
-    if pa.types.is_list(kind):
-        return pa.list_(_without_times(kind.value_type))
-    if pa.types.is_struct(kind):
-        return pa.struct([(field.name, _without_times(field.type)) for field in kind])
-    return kind
+    return pa.string() if pa.types.is_timestamp(kind) else kind
 
 
-def _rounded(value: Any) -> int | None:
-    """The first integer inside a JSON value that no float equals."""
-    if isinstance(value, int):
-        return value if int(float(value)) != value else None
+def _rounded(value: Any) -> str | None:
+    """The first integer, each of which is a Decimal, inside a JSON value that no float equals."""
+    if isinstance(value, Decimal):
+        return str(value) if Decimal(float(value)) != value else None
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return next((number for item in inner if (number := _rounded(item)) is not None), None)

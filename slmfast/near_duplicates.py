@@ -158,6 +158,22 @@ def dedup(
     Warns:
         LargeClusterWarning: one row stands for more than 1 % of all rows, and more than 10.
     """
+    result = find_duplicates(texts, k=k, mode=mode, verify=verify, ngram=ngram, threads=threads)
+    if (alarm := result.alarm()) is not None:
+        warnings.warn(alarm, LargeClusterWarning, stacklevel=2)
+    return result
+
+
+def find_duplicates(
+    texts: Any,
+    *,
+    k: int = 3,
+    mode: str = "representative",
+    verify: float | None = 0.8,
+    ngram: int = 3,
+    threads: int = 0,
+) -> DedupResult:
+    """slmfast.dedup without its warning, for callers that tell the result's alarm in words of their own."""
     if mode not in MODES:
         raise ValueError(f"mode must be {' or '.join(MODES)}, not {mode!r}")
     k, ngram, threads = whole_number("k", k), whole_number("ngram", ngram), whole_number("threads", threads)
@@ -177,10 +193,7 @@ def dedup(
         ngram=ngram,
         threads=threads,
     )
-    result = DedupResult(duplicate_of == np.arange(len(duplicate_of)), duplicate_of, distance)
-    if (alarm := result.alarm()) is not None:
-        warnings.warn(alarm, LargeClusterWarning, stacklevel=2)
-    return result
+    return DedupResult(duplicate_of == np.arange(len(duplicate_of)), duplicate_of, distance)
 
 
 def __getattr__(name: str) -> Any:

@@ -33,11 +33,18 @@ BYTES_PER_SHARD = 32 << 20  # of text
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`, for a file or a folder, which takes its place when the block ends well."""
+    """Yields a temporary path beside `path`, for a file or a folder, which takes its place when the block ends well.
+
+    When it fails, what was written goes.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}{TEMPORARY}")
     remove(temporary)
-    yield temporary
+    try:
+        yield temporary
+    except BaseException:
+        remove(temporary)
+        raise
     for file in [temporary, *temporary.rglob("*")] if temporary.is_dir() else [temporary]:
         _sync(file)
     if temporary.is_dir():

@@ -7,6 +7,7 @@ memory, and a type never depends on where a block of a file happens to end.
 
 import csv
 import io
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from glob import glob
@@ -27,6 +28,7 @@ BATCH_BYTES = 2 << 20  # of rows held at once, as far as a file tells how large 
 _READ_BYTES = 1 << 20
 _CSV_BLOCKS = (1 << 20, 8 << 20, 64 << 20)  # bytes; a row fits in one block
 _STRADDLES = "straddling object straddles"  # what Arrow says where it does not
+_ROW_NUMBER = re.compile(r"\bRow #(\d+)")
 _TEXTS = (pa.string(), pa.large_string(), pa.null())
 
 
@@ -129,9 +131,12 @@ class CsvTable:
 
     @contextmanager
     def _lines(self) -> Iterator[io.TextIOWrapper]:
-        csv.field_size_limit(MAX_VALUE_BYTES)
-        with pa.input_stream(str(self.path)) as stream:
-            yield io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
+        limit = csv.field_size_limit(MAX_VALUE_BYTES)  # for the whole process, so it is put back
+        try:
+            with pa.input_stream(str(self.path)) as stream:
+                yield io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
+        finally:
+            csv.field_size_limit(limit)
 
     def _refuse_open_quote(self) -> None:
         """Refuses a file whose last quote is never closed: Arrow takes all that follows it for one value."""
@@ -146,9 +151,10 @@ class CsvTable:
 
 
 class _WholeLineEnds:
-    """A stream for Arrow that counts the quotes, and of which no piece ends between CR and LF.
+    """A stream for Arrow that counts the quotes, ends its last line, and no piece of which ends between CR and LF.
 
-    There Arrow would drop the LF, even from a value in quotes.
+    There Arrow would drop the LF, even from a value in quotes; and it would call a header that no line end follows
+    an empty file.
     """
 
     closed = False
@@ -157,12 +163,18 @@ class _WholeLineEnds:
         self.quotes = 0
         self._stream = stream
         self._held = b""
+        self._last = b""
 
     def read(self, size: int) -> bytes:
-        """At most `size` bytes, more than 1; none at the end."""
-        data = self._held + self._stream.read(size - len(self._held))
-        self._held = b"\r" if len(data) > 1 and data.endswith(b"\r") else b""
-        data = data[: len(data) - len(self._held)]
+        """`size` bytes, more than 1, or one less; fewer or none at the end."""
+        data, self._held = self._held, b""
+        while len(data) < size and (more := self._stream.read(size - len(data))):
+            data += more
+        if len(data) == size and data.endswith(b"\r"):
+            data, self._held = data[:-1], b"\r"
+        elif len(data) < size and (data or self._last)[-1:] not in b"\r\n":
+            data += b"\n"
+        self._last = data[-1:]
         self.quotes += data.count(b'"')
         return data
 
@@ -176,7 +188,8 @@ def _open_csv(
     return pyarrow.csv.open_csv(
         source,
         read_options=pyarrow.csv.ReadOptions(use_threads=False, block_size=size),  # threads lose row numbers
-        parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
+        # In a table of one column an empty line is a row: an empty text.
+        parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True, ignore_empty_lines=len(names) > 1),
         convert_options=pyarrow.csv.ConvertOptions(
             column_types=dict.fromkeys(names, pa.string()), include_columns=columns
         ),
@@ -238,7 +251,8 @@ def _legible(path: Path, kind: str) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError, csv.Error) as error:
-        reason = " ".join(str(error).split()).removeprefix("CSV parse error: ")[:300]
+        reason = " ".join(str(error).split()).removeprefix("CSV parse error: ")[:300].rstrip(": ")
+        reason = _ROW_NUMBER.sub(r"row \1 (the header is row 1; blank lines do not count)", reason, count=1)
         if _STRADDLES in reason:
             reason = f"a row of more than {_CSV_BLOCKS[-1] >> 20} MiB, or a quote that is not closed"
         raise UserError(f"{path} is not readable as {kind}: {reason}: mend the file or leave it out") from error

@@ -1,5 +1,6 @@
 """One schema for the rows of many files: each column of a type that holds every file's values without loss."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -54,10 +55,8 @@ def common_type(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
     """The narrowest type that both can be cast to, or None. The cast still has to be checked for each value."""
     if one == other:
         return one
-    exact = any(map(pa.types.is_decimal, (one, other))), any(map(pa.types.is_floating, (one, other)))
-    text = any(map(_is_text, (one, other))), any(map(_is_bytes, (one, other)))
-    if all(exact) or all(text):
-        return None  # Arrow would round the decimals, and call the texts bytes
+    if _would_change(one, other):
+        return None
     fields = [pa.schema([("", kind)]) for kind in (one, other)]
     try:
         return pa.unify_schemas(fields, promote_options="permissive").field(0).type
@@ -73,14 +72,15 @@ def plain_schema(schema: pa.Schema, path: Path) -> pa.Schema:
     for name in schema.names:
         if schema.names.count(name) > 1:
             raise UserError(f"{path} has two columns named {name!r}: give each a name of its own")
-    return pa.schema([(field.name, _plain(field.type)) for field in schema])
+    return pa.schema([(field.name, with_leaves(field.type, _plain)) for field in schema])
 
 
 def conform(batch: pa.RecordBatch, schema: pa.Schema, path: Path) -> pa.RecordBatch:
     """The rows of a batch under the common schema. Raises UserError for a value that would change."""
     columns = []
     for field in schema:
-        column = batch.column(field.name)
+        present = field.name in batch.schema.names  # JSON rows may lack a column that other files have
+        column = batch.column(field.name) if present else pa.nulls(len(batch), field.type)
         try:
             columns.append(column if column.type == field.type else column.cast(field.type))
         except pa.ArrowException as error:
@@ -98,10 +98,36 @@ def _any_part(kind: pa.DataType, test) -> bool:
     return test(kind) or any(_any_part(kind.field(i).type, test) for i in range(kind.num_fields))
 
 
+def with_leaves(kind: pa.DataType, change: Callable[[pa.DataType], pa.DataType]) -> pa.DataType:
+    """A type of the same lists, objects and maps, with what they hold changed."""
+    if pa.types.is_struct(kind):
+        return pa.struct([(field.name, with_leaves(field.type, change)) for field in kind])
+    if pa.types.is_map(kind):
+        return pa.map_(with_leaves(kind.key_type, change), with_leaves(kind.item_type, change), kind.keys_sorted)
+    if pa.types.is_fixed_size_list(kind):
+        return pa.list_(with_leaves(kind.value_type, change), kind.list_size)
+    if pa.types.is_list(kind):
+        return pa.list_(with_leaves(kind.value_type, change))
+    if pa.types.is_large_list(kind):
+        return pa.large_list(with_leaves(kind.value_type, change))
+    return change(kind)
+
+
 def _plain(kind: pa.DataType) -> pa.DataType:
     if pa.types.is_dictionary(kind):
-        return _plain(kind.value_type)
+        return with_leaves(kind.value_type, _plain)
     return {pa.string_view(): pa.large_string(), pa.binary_view(): pa.large_binary()}.get(kind, kind)
+
+
+def _would_change(one: pa.DataType, other: pa.DataType) -> bool:
+    """Whether Arrow's common type would round decimals, or call texts bytes, here or in parts of the same place."""
+    if pa.types.is_struct(one) and pa.types.is_struct(other):
+        parts = {field.name: field.type for field in other}
+        return any(_would_change(field.type, parts[field.name]) for field in one if field.name in parts)
+    if one.num_fields and other.num_fields:  # lists and maps have one part, in which all else is
+        return _would_change(one.field(0).type, other.field(0).type)
+    tests = ((pa.types.is_decimal, pa.types.is_floating), (_is_text, _is_bytes))
+    return any((is_a(one) and is_b(other)) or (is_b(one) and is_a(other)) for is_a, is_b in tests)
 
 
 def _is_text(kind: pa.DataType) -> bool:

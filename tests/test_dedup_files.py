@@ -1,9 +1,8 @@
-"""`slmfast dedup` on tables in files: what stays and what goes, whose values survive, and what is refused."""
+"""`slmfast dedup` on tables in files: what stays and what goes, and whose values survive."""
 
 import csv
 import gzip
 import json
-import os
 import random
 from pathlib import Path
 
@@ -71,7 +70,8 @@ def test_every_format_gives_the_same_rows(name, capsys, tmp_path):
     assert out == f"6 rows in = 4 kept + 2 dropped: {tmp_path / 'out'}\n"
     n = str if ".csv" in name else int  # a CSV file's values stay the texts that they are
     assert [row["n"] for row in kept(tmp_path / "out")] == list(map(n, [0, 2, 3, 4]))
-    assert [row["text"] for row in kept(tmp_path / "out")][:3] == [TEXTS[i] for i in (0, 2, 3)]
+    null = "" if ".csv" in name else None
+    assert [row["text"] for row in kept(tmp_path / "out")] == [*(TEXTS[i] for i in (0, 2, 3)), null]
     where = {"file": str(path), "duplicate_of_file": str(path)}
     assert pq.read_table(tmp_path / "out" / "dropped.parquet").to_pylist() == [
         {**where, "file_row": i, "row": i, "duplicate_of_file_row": j, "duplicate_of": j, "distance": 0}
@@ -140,6 +140,16 @@ def test_csv_values_survive(tmp_path):
     ]
 
 
+def test_csv_of_one_column_keeps_empty_lines_as_rows(tmp_path):
+    """As its writers mean them: Arrow's own writes a null so."""
+    texts = ["one", "", "two", "one", ""]
+    for number, end in enumerate(("\n", "\r\n")):
+        (tmp_path / f"{number}.csv").write_text(end.join(["text", *texts, ""]), newline="")
+        dedup_files([tmp_path / f"{number}.csv"], "text", tmp_path / f"out{number}")
+        assert [row["text"] for row in kept(tmp_path / f"out{number}")] == ["one", "", "two", ""]
+        assert pq.read_table(tmp_path / f"out{number}" / "dropped.parquet")["file_row"].to_pylist() == [3]
+
+
 def test_csv_rows_are_those_of_pythons_own_reader(tmp_path, monkeypatch):
     monkeypatch.setattr(table_files, "_CSV_BLOCKS", (60, 50_000))
     rng = random.Random(12)
@@ -151,7 +161,9 @@ def test_csv_rows_are_those_of_pythons_own_reader(tmp_path, monkeypatch):
         path = tmp_path / f"{number}.csv"
         with path.open("w", newline="") as file:
             csv.writer(file, quoting=rng.choice([csv.QUOTE_MINIMAL, csv.QUOTE_ALL])).writerows([names, *rows])
+        limit = csv.field_size_limit()
         dedup_files([path], "te,xt", tmp_path / f"out{number}", verify=1.0)
+        assert csv.field_size_limit() == limit
         assert [list(row.values()) for row in kept(tmp_path / f"out{number}")] == rows
 
 
@@ -220,7 +232,7 @@ def test_json_with_a_byte_order_mark_and_without(data, tmp_path):
 
 
 def test_files_without_rows_count_nothing(tmp_path):
-    for name, data in (("a.csv", b"text\n"), ("c.jsonl", b"\n")):
+    for name, data in (("a.csv", b"text\n"), ("a2.csv", b"text"), ("a3.csv", b"\xef\xbb\xbftext"), ("c.jsonl", b"\n")):
         (tmp_path / name).write_bytes(data)
     pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "b.parquet")
     dedup_files([tmp_path], "text", tmp_path / "none")
@@ -272,91 +284,45 @@ def test_parquet_columns_of_every_kind_are_written_in_small_shards(tmp_path, mon
     assert len(list((tmp_path / "out" / "kept").iterdir())) > 5
 
 
-BROKEN_FILES = {
-    "syntax.jsonl": (b'{"text":"a"}\n\n{"text":"b"\n{"text":"c"}\n', "line 3: Missing a comma or '}'"),
-    "late.jsonl": (b'{"text":"a"}\n' * 200 + b"{]\n", "line 201: "),
-    "list.jsonl": (b'{"text":"a"}\n[1]\n', "line 2: Column() changed from object to array"),
-    "number.jsonl": (b'{"text":"a"}\n{"text":5}\n', "line 2: Column(/text) changed from string to number"),
-    "mixed.jsonl": (b'{"text":"a","n":1}\n{"text":"b","n":"x"}\n', "line 2: Column(/n) changed from number to string"),
-    "apart.jsonl": (
-        b'{"text":"a","n":1}\n' + b"\n" * 1200 + b'{"text":"b","n":"x"}\n',
-        "column n: string here, but int64 in another part of the file",
-    ),
-    "latin.jsonl": (b'{"text":"a"}\n{"text":"\xe9"}\n', "line 2: not UTF-8"),
-    "half.jsonl": (b'{"text":"\\ud800"}\n', "line 1: The surrogate pair"),
-    "half.json": (b'[{"text":"a"},{"text":"\\ud800"}]', "element 2 is not UTF-8, or holds a lone surrogate"),
-    "cut.json": (b'[{"text":"a"},{"text":"b"', "broken JSON on line 1"),
-    "number.json": (b'[{"text":"a"},5]', "element 2 is no object"),
-    "huge.jsonl": (b'{"text":"a","id":18446744073709551615}\n', "line 1: column id holds floats, none of which is 184"),
-    "odd.jsonl": (
-        b'{"text":"a","id":0.5}\n' * 99 + b'{"text":"b","id":[9007199254740993]}\n',
-        "Column(/id) changed from number to array",
-    ),
-    "odd.json": (
-        b"[" + b'{"text":"a","id":0.5},' * 99 + b'{"text":"b","id":9007199254740993}]',
-        "element 100: column id holds floats, none of which is 9007199254740993",
-    ),
-    "hollow.jsonl": (b'{"text":"a","meta":{}}\n', "column meta: only empty objects"),
-    "lacks.jsonl": (b'{"txt":"a"}\n', "has no column text: --column takes one of txt"),
-    "empty.jsonl": (b"", "holds no rows"),
-    "cells.csv": (b"id,text\n1,a\n2,b,c\n", "Row #3: Expected 2 columns, got 3"),
-    "quote.csv": (b'id,text\n1,"a\nb"\n2,"open\n3,c\n', "line 4: broken CSV"),
-    "latin.csv": (b"id,text\n1,\xe9\n", "Row #2: CSV conversion error to string: invalid UTF8"),
-    "wide.csv": ("text\na\n".encode("utf-16"), "has a header that is not UTF-8"),
-    "wide.jsonl": ('{"text": "a"}'.encode("utf-16"), "line 1: not UTF-8"),
-    "twice.csv": (b"text,id,text\na,1,b\n", "has two columns named 'text'"),
-    "empty.csv": (b"", "is empty"),
-    "lacks.csv": (b"id\n1\n", "has no column text: --column takes one of id"),
-    "none.parquet": (b"nope", "is not readable as Parquet"),
-    "none.jsonl.gz": (b"nope", "can't be read: zlib"),
-    "cut.csv.gz": (gzip.compress(b"id,text\n" + os.urandom(99).hex().encode())[:-20], "is not readable as CSV"),
-}
+def test_json_beside_parquet_takes_its_layouts(tmp_path):
+    """Arrow's JSON reader knows none of these types; the values are the same in any of them."""
+    view = pa.string_view()
+    columns = {
+        "tags": pa.array([["x"]], pa.large_list(pa.large_string())),
+        "pair": pa.array([[1, 2]], pa.list_(pa.int32(), 2)),
+        "views": pa.array([["x"]], pa.list_(view)),
+        "object": pa.array([{"a": "x", "b": 1}], pa.struct([("a", view), ("b", pa.int8())])),
+        "key": pa.array([b"abc"], pa.binary(3)),
+        "map": pa.array([[("k", "v")]], pa.map_(pa.string(), view)),
+        "nested": pa.array([["x"]], pa.list_(pa.string())).cast(pa.list_(pa.dictionary(pa.int32(), pa.string()))),
+        "uuid": pa.array([bytes(16)], pa.uuid()),
+    }
+    pq.write_table(pa.table({"text": ["a"], **columns}), tmp_path / "0.parquet")
+    like = {"tags": ["y", "z"], "pair": [3, 4], "views": ["y"], "object": {"b": 5, "a": "y"}, "nested": ["y", None]}
+    write(tmp_path / "1.jsonl", [{"text": "b", **like}, {"text": "c", "key": None}])
+    dedup_files([tmp_path], "text", tmp_path / "out")
+    first, second, third = kept(tmp_path / "out")
+    assert first == {"text": "a"} | {name: column.to_pylist()[0] for name, column in columns.items()}
+    assert second == {"text": "b"} | dict.fromkeys(columns) | like
+    assert third == {"text": "c"} | dict.fromkeys(columns)
 
 
-@pytest.mark.parametrize("name", BROKEN_FILES)
-def test_a_broken_file_is_one_line_that_names_it(name, capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(json_tables, "BLOCK_BYTES", 500)
-    data, expected = BROKEN_FILES[name]
-    path = tmp_path / name
-    path.write_bytes(data)
-    code, _, error = outcome(capsys, "dedup", path, "--column", "text", "-o", tmp_path / "out")
-    assert code == 2
-    assert error.startswith(f"slmfast: {path}")
-    assert expected in error
-    assert len(error.splitlines()) == 1
-    assert list(tmp_path.iterdir()) == [path]  # nothing half-written is left
+def test_json_array_values_are_read_like_lines(tmp_path):
+    """Numbers keep their digits, and escaped names are names."""
+    rows = '{"te\\u0078t": null, "n":\r\n 0.1, "i": 9007199254740993, "s": "a\\nb"}'
+    for name, data in (("t.json", f"[{rows}]"), ("t.jsonl", rows.replace("\r\n", ""))):
+        (tmp_path / name).write_text(data, newline="")
+        dedup_files([tmp_path / name], "text", tmp_path / f"out.{name}")
+        assert kept(tmp_path / f"out.{name}") == [{"text": None, "n": 0.1, "i": 9007199254740993, "s": "a\nb"}]
 
 
-@pytest.mark.parametrize(
-    ("tables", "expected"),
-    [
-        ([{"text": ["a"], "n": [1]}, {"text": ["b"], "n": ["x"]}], "1.parquet, column n: string here, but int64 in"),
-        ([{"text": ["a"], "n": [1]}, {"text": ["b"]}], "1.parquet lacks the column n that"),
-        ([{"text": ["a"]}, {"text": ["b"], "n": [1]}], "0.parquet lacks the column n that"),
-        ([{"text": ["a"], "n": [0.5]}, {"text": ["b"], "n": [2**53 + 1]}], "1.parquet, column n: no double"),
-        ([{"text": [5], "s": ["a"]}], "0.parquet, column text: holds int64, no texts: --column takes one of s"),
-        (
-            [{"text": pa.array([b"fine", b"a", b"\xff"], pa.binary()).view(pa.string())}],
-            "0.parquet, row 2, column text: not UTF-8",
-        ),
-    ],
-)
-def test_tables_that_do_not_agree_are_refused(tables, expected, tmp_path):
-    for i, table in enumerate(tables):
-        pq.write_table(pa.table(table), tmp_path / f"{i}.parquet")
-    with pytest.raises(UserError) as caught:
-        dedup_files([tmp_path], "text", tmp_path / "out" / "new")
-    assert expected in str(caught.value)
-    assert len(str(caught.value).splitlines()) == 1
-
-
-def test_a_file_that_changes_meanwhile_is_noticed(tmp_path, monkeypatch):
+@pytest.mark.parametrize("count", [11, 10])
+def test_a_file_that_changes_meanwhile_is_noticed(count, tmp_path, monkeypatch):
     path = write(tmp_path / "t.jsonl", [{"text": str(i) * 9} for i in range(10)])
     original = table_files.JsonTable.rows
 
     def rows(self, schema):
-        with path.open("a") as file:
-            file.write('{"text": "one more"}\n')
+        write(path, [{"text": f"other {i}"} for i in range(count)])
         return original(self, schema)
 
     monkeypatch.setattr(table_files.JsonTable, "rows", rows)
@@ -373,3 +339,14 @@ def test_a_large_cluster_is_told_once(capsys, tmp_path, recwarn):
     assert alarm.startswith(f"dedup: row 100 of {path} stands for 11 of 111 rows (9.9%)")
     assert counts.startswith("111 rows in = 101 kept + 10 dropped")
     assert (error, list(recwarn)) == ("", [])
+
+
+def test_an_interrupt_says_that_nothing_is_written(capsys, tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    path = write(tmp_path / "t.jsonl", [{"text": "a"}])
+    monkeypatch.setattr(table_files.JsonTable, "rows", interrupt)
+    code, _, error = outcome(capsys, "dedup", path, "--column", "text", "-o", tmp_path / "out")
+    assert (code, error) == (130, "slmfast: interrupted; nothing is written")
+    assert list(tmp_path.iterdir()) == [path]

@@ -38,6 +38,24 @@ def test_a_killed_run_leaves_nothing_that_looks_whole(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"out", "t.jsonl"}
 
 
+LIMITED = """
+import resource, sys
+from slmfast.cli import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+sys.exit(main(["dedup", sys.argv[1], "--column", "text", "-o", sys.argv[2]]))
+"""
+
+
+def test_a_full_disk_is_one_line_that_names_the_folder(tmp_path):
+    path = tmp_path / "t.jsonl"
+    path.write_text("".join(f'{{"text": "{i:0100}"}}\n' for i in range(1000)))
+    done = child(LIMITED, path, tmp_path / "out")
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert done.stderr.startswith(f"slmfast: {tmp_path / 'out'} can't be written (")
+    assert "make room" in done.stderr
+    assert list(tmp_path.iterdir()) == [path]
+
+
 # Runs dedup over a small table, then over a large one, and prints by how many bytes the peak of the anonymous memory
 # of the second exceeds the memory in use after the first; then the same for a block of memory of a known size.
 MEASURED = """
@@ -79,6 +97,7 @@ print(growth(lambda: b"x" * (50 << 20)))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc to measure memory")
 @pytest.mark.parametrize("kind", ["parquet", "jsonl", "csv"])
 def test_a_table_larger_than_the_memory_streams(kind, tmp_path):

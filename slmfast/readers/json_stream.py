@@ -62,13 +62,24 @@ def _decode_line(line: bytes) -> Any:
         return Malformed(f"unreadable JSON: {error}")
 
 
-def read_array(stream: BinaryIO, chunk_bytes: int = CHUNK_BYTES) -> Iterator[tuple[int, Any]]:
+class RawDecoder(json.JSONDecoder):
+    """Gives each value as the text that it is."""
+
+    def raw_decode(self, s: str, idx: int = 0) -> tuple[str, int]:
+        """See json.JSONDecoder."""
+        _, end = super().raw_decode(s, idx)
+        return s[idx:end], end
+
+
+def read_array(
+    stream: BinaryIO, chunk_bytes: int = CHUNK_BYTES, decoder: json.JSONDecoder = _DECODER
+) -> Iterator[tuple[int, Any]]:
     """Yields (1-based number of the element, element) for each element of a JSON array.
 
     Bytes that are not UTF-8 become lone surrogates (U+DC80 to U+DCFF), so that they spoil no more than their element.
     Raises Broken where the JSON breaks or text follows the array.
     """
-    buffer = _Buffer(stream, chunk_bytes)
+    buffer = _Buffer(stream, chunk_bytes, decoder)
     buffer.expect("[")
     number = 0
     if buffer.next_character() == "]":
@@ -96,8 +107,9 @@ def read_values(stream: BinaryIO, chunk_bytes: int = CHUNK_BYTES) -> Iterator[tu
 class _Buffer:
     """The part of a text stream that has been read and not yet consumed."""
 
-    def __init__(self, stream: BinaryIO, chunk_bytes: int) -> None:
+    def __init__(self, stream: BinaryIO, chunk_bytes: int, decoder: json.JSONDecoder = _DECODER) -> None:
         self._stream = stream
+        self._decoder = decoder
         self._chunk_bytes = chunk_bytes
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="surrogateescape")
         self._text = ""
@@ -138,7 +150,7 @@ class _Buffer:
         size = self._chunk_bytes
         while True:
             try:
-                value, end = _DECODER.raw_decode(self._text, self._at)
+                value, end = self._decoder.raw_decode(self._text, self._at)
             except json.JSONDecodeError as error:
                 if self._ended or not self._may_be_cut(error):
                     raise Broken(f"broken JSON on line {self.line(error.pos)}: {error.msg}") from error

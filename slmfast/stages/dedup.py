@@ -5,7 +5,6 @@ texts stay on the disk, and only fingerprints and row numbers are held in memory
 as collect wrote them, which is the order in which dedup prefers them.
 """
 
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from slmfast.job import Counts, Job
-from slmfast.near_duplicates import DedupResult, LargeClusterWarning, dedup
+from slmfast.near_duplicates import DedupResult, find_duplicates
 from slmfast.records import DROPPED_SCHEMA
 from slmfast.store import ShardWriter, count_rows, read_batches, table_schema
 
@@ -39,16 +38,14 @@ def run(job: Job) -> Counts:
 
 def _find(job: Job, texts: pa.ChunkedArray) -> DedupResult:
     settings = job.settings
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", LargeClusterWarning)  # the stage tells it itself
-        return dedup(
-            texts,
-            k=settings.k,
-            mode=settings.mode,
-            verify=settings.verify,
-            ngram=settings.ngram,
-            threads=job.recipe.threads or 0,
-        )
+    return find_duplicates(
+        texts,
+        k=settings.k,
+        mode=settings.mode,
+        verify=settings.verify,
+        ngram=settings.ngram,
+        threads=job.recipe.threads or 0,
+    )
 
 
 def _write_texts(source: Path, path: Path) -> Path:
