@@ -29,7 +29,7 @@ def text_column(texts: Any) -> pa.ChunkedArray:
     if pa.types.is_struct(column.type):
         column = _only_field(column)
     if pa.types.is_dictionary(column.type):
-        column = pa.chunked_array([chunk.dictionary_decode() for chunk in column.chunks], column.type.value_type)
+        column = pa.chunked_array([_decoded(chunk) for chunk in column.chunks], _decoded_type(column.type))
     if pa.types.is_null(column.type):
         column = column.cast(pa.string())
     if column.type not in _LAYOUTS:
@@ -43,7 +43,12 @@ def _as_chunked(texts: Any) -> pa.ChunkedArray:
     if isinstance(texts, pa.Array):
         return pa.chunked_array([texts])
     if hasattr(texts, "__arrow_c_stream__"):
-        return pa.chunked_array(texts)
+        try:
+            return pa.chunked_array(texts)
+        except (pa.ArrowInvalid, pa.ArrowTypeError):  # a pandas column of objects, not all of which are texts
+            if not hasattr(texts, "tolist"):
+                raise
+            return pa.chunked_array([_from_list(texts.tolist())])
     if hasattr(texts, "__arrow_c_array__"):
         return pa.chunked_array([pa.array(texts)])
     if hasattr(texts, "column_name") and hasattr(getattr(texts, "source", None), "select_columns"):  # datasets
@@ -56,6 +61,16 @@ def _as_chunked(texts: Any) -> pa.ChunkedArray:
     if isinstance(texts, Sequence):
         return pa.chunked_array([_from_list(texts)])
     raise TypeError(f"texts is a {type(texts).__name__}: pass a list of str, or an Arrow column of strings")
+
+
+def _decoded_type(type_: pa.DictionaryType) -> pa.DataType:
+    # Not every version of Arrow can `take` from views.
+    return pa.large_string() if type_.value_type == pa.string_view() else type_.value_type
+
+
+def _decoded(chunk: pa.DictionaryArray) -> pa.Array:
+    values = chunk.dictionary.cast(_decoded_type(chunk.type))
+    return pa.DictionaryArray.from_arrays(chunk.indices, values).dictionary_decode()
 
 
 def _from_list(texts: Sequence[str | None]) -> pa.Array:

@@ -252,3 +252,16 @@ def test_fuzzed_offsets_raise_or_read_but_never_crash():
 def test_a_short_validity_buffer_is_refused():
     with pytest.raises(ValueError, match="validity"):
         native_column("string", struct.pack("<10i", *[0] * 10), [b""], 9, validity=b"\xff")
+
+
+def test_categories_of_polars_are_decoded():
+    polars = pytest.importorskip("polars")
+    texts = ["the very same text here", "another text altogether", "the very same text here"]
+    for dtype in (polars.Categorical, polars.Enum(sorted(set(texts)))):
+        assert dedup(polars.Series(texts, dtype=dtype)).duplicate_of.tolist() == [0, 1, 0]
+
+
+def test_an_object_that_is_no_text_is_named_by_its_row():
+    pandas = pytest.importorskip("pandas")
+    with pytest.raises(TypeError, match="row 1 is a int"):
+        dedup(pandas.Series(["a", 1], dtype=object))

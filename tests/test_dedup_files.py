@@ -1,6 +1,7 @@
 """`slmfast dedup` on tables in files: what stays and what goes, and whose values survive."""
 
 import csv
+import fcntl
 import gzip
 import json
 import random
@@ -350,3 +351,14 @@ def test_an_interrupt_says_that_nothing_is_written(capsys, tmp_path, monkeypatch
     code, _, error = outcome(capsys, "dedup", path, "--column", "text", "-o", tmp_path / "out")
     assert (code, error) == (130, "slmfast: interrupted; nothing is written")
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_two_runs_do_not_share_an_output(tmp_path):
+    table = tmp_path / "in.jsonl"
+    table.write_text("".join(f'{{"text": "row {i} of many different texts"}}\n' for i in range(50)), encoding="utf-8")
+    with (tmp_path / ".out.lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="is being written by another run"):
+            dedup_files([table], "text", tmp_path / "out")
+    dedup_files([table], "text", tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out"]
