@@ -102,9 +102,8 @@ private:
 
     void compare_within(const Group& rows, std::uint64_t equal) {
         const auto next = [&](std::size_t at) { return scan_.first_within(rows.fp, rows.size, k_, at); };
-        for (std::size_t at = next(0); at < rows.size; at = next(at + scan_.batch))
-            for (std::size_t i = at; i < std::min(rows.size, at + scan_.batch); ++i)
-                report_hits(rows, i, rows.part(i + 1, rows.size), equal);
+        for (Rows some = next(0); some.at < rows.size; some = next(some.at + scan_.batch))
+            some.each_near([&](std::size_t i) { report_hits(rows, i, rows.part(i + 1, rows.size), equal); });
     }
 
     void compare_between(const Group& rows, const Group& others, std::uint64_t equal) {
@@ -112,8 +111,8 @@ private:
         const auto next = [&](std::size_t at) {
             return scan_.first_between(rows.fp, rows.size, others.fp, others.size, k_, at);
         };
-        for (std::size_t at = next(0); at < rows.size; at = next(at + scan_.batch))
-            for (std::size_t i = at; i < std::min(rows.size, at + scan_.batch); ++i) report_hits(rows, i, others, equal);
+        for (Rows some = next(0); some.at < rows.size; some = next(some.at + scan_.batch))
+            some.each_near([&](std::size_t i) { report_hits(rows, i, others, equal); });
     }
 
     void report_hits(const Group& rows, std::size_t i, const Group& others, std::uint64_t equal) {
@@ -303,13 +302,13 @@ bool brute_join(const std::uint64_t* few, std::size_t n_few, const std::uint64_t
             return scan.first_between(few, n_few, many + begin, end - begin, k, at);
         };
         std::uint32_t hits[kScanBlock];
-        for (std::size_t at = next(0); at < n_few; at = next(at + scan.batch)) {
-            for (std::size_t i = at; i < std::min(n_few, at + scan.batch); ++i) {
+        for (Rows some = next(0); some.at < n_few; some = next(some.at + scan.batch)) {
+            some.each_near([&](std::size_t i) {
                 const std::size_t count = scan.which(few[i], many + begin, end - begin, k, hits);
                 for (std::size_t hit = 0; hit < count && !stopped.load(std::memory_order_relaxed); ++hit)
                     if (!sink.take(thread, static_cast<std::uint32_t>(i), static_cast<std::uint32_t>(begin) + hits[hit]))
                         stopped.store(true);
-            }
+            });
         }
     });
     return !stopped.load();

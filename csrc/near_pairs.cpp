@@ -18,24 +18,34 @@ struct AllPairs : PairSink {
     std::vector<std::vector<std::uint64_t>> parts;
 };
 
+// The parts of all threads in one, sorted: by the first row's highest bits into buckets, and each bucket by itself.
+std::vector<std::uint64_t> sorted(std::vector<std::vector<std::uint64_t>>& parts, std::size_t n, unsigned threads) {
+    constexpr int kBucketBits = 12;
+    int shift = 32;
+    while ((n >> (shift - 32)) >= std::size_t{1} << kBucketBits) ++shift;
+    std::vector<std::size_t> next((std::size_t{1} << kBucketBits) + 1, 0);
+    for (const auto& part : parts)
+        for (const std::uint64_t pair : part) ++next[(pair >> shift) + 1];
+    for (std::size_t bucket = 1; bucket < next.size(); ++bucket) next[bucket] += next[bucket - 1];
+    std::vector<std::uint64_t> all(next.back());
+    for (auto& part : parts) {
+        for (const std::uint64_t pair : part) all[next[pair >> shift]++] = pair;
+        std::vector<std::uint64_t>().swap(part);
+    }
+    const auto place = [&](std::size_t at) { return all.begin() + static_cast<std::ptrdiff_t>(at); };
+    parallel_for(next.size() - 1, threads, 1, [&](std::size_t bucket, std::size_t, unsigned) {
+        std::sort(place(bucket == 0 ? 0 : next[bucket - 1]), place(next[bucket]));
+    });
+    return all;
+}
+
 }  // namespace
 
 std::vector<std::uint64_t> near_pairs(const std::uint64_t* fingerprints, std::size_t n, int k, unsigned threads,
                                       Isa isa) {
     AllPairs pairs(threads);
     self_join(fingerprints, n, k, threads, isa, pairs);
-    parallel_for(threads, threads, 1, [&](std::size_t part, std::size_t, unsigned) {
-        std::sort(pairs.parts[part].begin(), pairs.parts[part].end());
-    });
-    std::vector<std::uint64_t> all = std::move(pairs.parts[0]);
-    for (std::size_t part = 1; part < pairs.parts.size(); ++part) {
-        std::vector<std::uint64_t> more = std::move(pairs.parts[part]);
-        const auto middle = static_cast<std::ptrdiff_t>(all.size());
-        all.insert(all.end(), more.begin(), more.end());
-        std::vector<std::uint64_t>().swap(more);
-        std::inplace_merge(all.begin(), all.begin() + middle, all.end());
-    }
-    return all;
+    return sorted(pairs.parts, n, threads);
 }
 
 }  // namespace slmfast

@@ -29,7 +29,7 @@ using Probe = void (*)(const View& table, const std::uint64_t* values, std::size
                        std::vector<std::uint64_t>& hits);
 
 bool any_in_window_scalar(std::uint64_t value, const std::uint64_t* members, int k) {
-    return first_between_scalar(&value, 1, members, kWindow, k, 0) == 0;
+    return first_between_scalar(&value, 1, members, kWindow, k, 0).near != 0;
 }
 
 // Inlined into one function an instruction set, and `any` and `which` into it. The first window is compared whatever the
