@@ -1,6 +1,6 @@
 """The log-probability of each of several fixed answers to a prompt, without decoding anything."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ def choose(
     model: ModelLike,
     tokenizer: Any,
     prompts: Iterable[Prompt],
-    choices: Sequence[str],
+    choices: Sequence[str] | Sequence[Sequence[str]],
     *,
     template: str | None = "chat",
     window: int | None = None,
@@ -24,36 +24,71 @@ def choose(
     device: Any = None,
     dtype: Any = None,
     progress: bool = True,
-) -> np.ndarray:
+    on_halved: Callable[[int], None] | None = None,
+) -> np.ndarray | list[np.ndarray]:
     """The natural log-probability of every whole choice as the reply to every prompt, float64 [n, len(choices)].
 
     A choice is scored with the closing token after it, so that "0" is not a part of "0.5". All choices share the
-    prompt's computation. Where a prompt and its longest choice are over the window, the prompt's row is NaN, the
-    array's null: the model can't read it. The other arguments are those of `perplexity`.
+    prompt's computation, and prompts share what they begin with: several questions about one text, put in one call
+    with the text before the question, read it once. Where a prompt and its longest choice are over the window, the
+    prompt's row is NaN, the array's null: the model can't read it.
+
+    Args:
+        choices: strings that serve for all prompts, or a list of strings for each prompt; the answer to these is a
+            list of arrays, one a prompt.
+
+    The other arguments are those of `perplexity`.
 
     Raises:
         UserError: something in the arguments is amiss, or the model gives scores that are no numbers.
     """
-    choices, listed = _checked(choices), listed_prompts(prompts)
+    listed = listed_prompts(prompts)
+    alike = _for_all(choices)
+    several = [alike] * len(listed) if alike else _for_each(choices, len(listed))
     encoder = Encoder(as_tokenizer(tokenizer, model), template)
     model = as_model(model, device, dtype)
     limit = checked_window(model, window)
     prefixes = [prefix or [encoder.start_token()] for prefix in encoder.prompts(listed)]
-    closed = [[*tokens, encoder.closing_token] for tokens in encoder.replies(choices)]
-    room = limit - max(map(len, closed))
-    readable = [i for i, prefix in enumerate(prefixes) if len(prefix) <= room]
-    groups = [Group(prefixes[i], closed) for i in readable]
-    scores = np.full((len(prefixes), len(choices)), np.nan)
-    logprobs = continuation_logprobs(model, groups, batch_tokens=batch_tokens, progress="choices" if progress else None)
+    distinct = alike or list(dict.fromkeys(choice for some in several for choice in some))
+    closed = dict(zip(distinct, ([*ids, encoder.closing_token] for ids in encoder.replies(distinct)), strict=True))
+    groups = [Group(prefix, [closed[c] for c in some]) for prefix, some in zip(prefixes, several, strict=True)]
+    readable = [i for i, group in enumerate(groups) if _length(group) <= limit]
+    scores = [np.full(len(some), np.nan) for some in several]
+    logprobs = continuation_logprobs(
+        model,
+        [groups[i] for i in readable],
+        batch_tokens=batch_tokens,
+        progress="choices" if progress else None,
+        on_halved=on_halved,
+    )
     for i, values in zip(readable, logprobs, strict=True):
         scores[i] = values
-    return scores
+    return np.array(scores).reshape(len(scores), len(alike)) if alike else scores
 
 
-def _checked(choices: Sequence[str]) -> list[str]:
-    given = [] if isinstance(choices, str) or not isinstance(choices, Iterable) else list(choices)
-    if not given or not all(isinstance(choice, str) and choice for choice in given):
+def _length(group: Group) -> int:
+    return len(group.prefix) + max(map(len, group.continuations))
+
+
+def _for_all(choices: Any) -> list[str]:
+    """The choices, if they are strings that serve for all prompts; nothing if each prompt has a list of its own."""
+    if isinstance(choices, str) or not isinstance(choices, Iterable):
         raise UserError(f"choices {choices!r}: give a list of strings, none of them empty")
+    given = list(choices)
+    own = given and all(isinstance(some, Iterable) and not isinstance(some, str) for some in given)
+    return [] if own else _checked(given)
+
+
+def _for_each(choices: Iterable[Iterable[str]], prompts: int) -> list[list[str]]:
+    lists = [_checked(list(some)) for some in choices]
+    if len(lists) != prompts:
+        raise UserError(f"{prompts} prompts but {len(lists)} lists of choices: give one for every prompt")
+    return lists
+
+
+def _checked(given: list[Any]) -> list[str]:
+    if not given or not all(isinstance(choice, str) and choice for choice in given):
+        raise UserError(f"choices {given!r}: give a list of strings, none of them empty")
     if len(set(given)) < len(given):
         raise UserError(f"choices {given!r}: each may stand there once")
     return [check_text(f"choice {i}", choice) for i, choice in enumerate(given)]

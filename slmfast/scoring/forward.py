@@ -1,7 +1,7 @@
 """The log-probability of every continuation of every group: the one computation under perplexity and choices."""
 
-from collections.abc import Sequence
-from numbers import Integral
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -9,63 +9,111 @@ from torch import nn
 
 from slmfast.errors import UserError
 from slmfast.progress import Progress
+from slmfast.scoring.attention import packing
+from slmfast.scoring.batches import Batch, can_pack, make_batches
+from slmfast.scoring.budget import checked_budget
 from slmfast.scoring.head import head_weight, linear_logprob
 from slmfast.scoring.loading import evaluating
-from slmfast.scoring.packing import Batch, Group, collate, make_batches, make_rows
+from slmfast.scoring.packing import Group
 
-BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}  # tokens that go through the model together, padding included
+Owner = tuple[int, int]  # a group, and a continuation's number in it
 
 
 def continuation_logprobs(
-    model: nn.Module, groups: Sequence[Group], *, batch_tokens: int | None = None, progress: str | None = None
+    model: nn.Module,
+    groups: Sequence[Group],
+    *,
+    batch_tokens: int | None = None,
+    progress: str | None = None,
+    on_halved: Callable[[int], None] | None = None,
 ) -> list[np.ndarray]:
     """For each group the natural log-probability of each whole continuation, float64 [continuations].
 
-    Sums are float64 over fp32 token scores. The head runs only where a target asks for it.
+    Sums are float64 over fp32 token scores. The head runs only where a target asks for it. Where the memory does not
+    hold a batch, batches are halved from there on, and `on_halved` is told how many tokens they have then.
 
     Raises:
-        UserError: the model gives a score that is no finite number, or its head is not a plain one.
+        UserError: the model gives a score that is no finite number, its head is not a plain one, or the memory does
+            not hold a single sequence.
     """
     weight = head_weight(model)
-    tokens = batch_tokens if batch_tokens is not None else BATCH_TOKENS.get(weight.device.type, BATCH_TOKENS["cpu"])
-    if not isinstance(tokens, Integral) or tokens < 1:
-        raise UserError(f"batch_tokens is {tokens!r}: give a positive number of tokens")
+    budget = checked_budget(batch_tokens, model)
     scores = [np.full(len(group.continuations), np.nan) for group in groups]
-    rows = make_rows(groups, share=can_share(model), row_tokens=tokens)
-    shown = Progress(progress, len(rows), "sequences") if progress else None
-    with evaluating(model):
-        for batch_rows in make_batches(rows, tokens):
-            batch = collate(batch_rows, weight.device)
-            for (group, member), score in zip(batch.continuations, _score(model, weight, batch), strict=True):
-                scores[group][member] = score
-            if shown:
-                shown.add(len(batch_rows))
+    total = sum(len(continuation) for group in groups for continuation in group.continuations)
+    shown = Progress(progress, total, "tokens") if progress else None
+    packed = bool(groups) and can_pack(model)
+
+    def run(batch: Batch) -> list[float]:
+        sums = _sums(model, weight, batch)
+        if shown:
+            shown.add(len(batch.targets))
+        return sums
+
+    def batches(some: Sequence[Group], tokens: int) -> Iterator[Batch]:
+        return make_batches(some, tokens, packed=packed, device=weight.device)
+
+    with evaluating(model), packing(model) if packed else nullcontext():
+        for (group, member), score in _in_halves(run, batches, groups, budget, on_halved or (lambda tokens: None)):
+            scores[group][member] = score
     if shown:
         shown.close()
     return scores
 
 
-def can_share(model: nn.Module) -> bool:
-    """Whether a row of several continuations gives the separate sequences' result.
+def _in_halves(
+    run: Callable[[Batch], list[float]],
+    batches: Callable[[Sequence[Group], int], Iterator[Batch]],
+    groups: Sequence[Group],
+    budget: int,
+    on_halved: Callable[[int], None],
+) -> Iterator[tuple[Owner, float]]:
+    """Runs all batches; from one that the memory does not hold on, batches of half its tokens."""
+    left = [(g, m) for g, group in enumerate(groups) for m in range(len(group.continuations))]
+    while left:
+        some, owners = _chosen(groups, left)
+        done: set[Owner] = set()
+        too_long = 0
+        for batch in batches(some, budget):
+            try:
+                sums = run(batch)
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                too_long = batch.tokens  # on the way out of this block the tensors of the failed pass go
+            if too_long:
+                break
+            mine = [owners[g][m] for g, m in batch.continuations]
+            done.update(mine)
+            yield from zip(mine, sums, strict=True)
+        if too_long:
+            if too_long > budget or len(batch.continuations) == 1:  # what is over the budget could not be cut
+                raise UserError(
+                    f"the memory does not hold a sequence of {too_long} tokens: give a smaller window or model, "
+                    "or a device with more memory"
+                )
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            budget = max(1, too_long // 2)
+            on_halved(budget)
+        left = [owner for owner in left if owner not in done]
 
-    It takes an attention that obeys a mask of our own in every layer: torch's SDPA does; FlashAttention takes no such
-    mask, and a sliding-window layer would have its window replaced by it.
-    """
-    config = model.config.get_text_config()
-    layers = getattr(config, "layer_types", None)
-    if layers:
-        full = set(layers) == {"full_attention"}
-    else:  # Mistral and others name no layers: a window in the config is that of every layer
-        full = getattr(config, "sliding_window", None) is None or getattr(config, "use_sliding_window", True) is False
-    return config._attn_implementation == "sdpa" and full
+
+def _chosen(groups: Sequence[Group], owners: Sequence[Owner]) -> tuple[list[Group], list[list[Owner]]]:
+    """The groups with these continuations alone, and whose each is."""
+    members: dict[int, list[int]] = {}
+    for group, member in owners:
+        members.setdefault(group, []).append(member)
+    some = [Group(groups[g].prefix, [groups[g].continuations[m] for m in taken]) for g, taken in members.items()]
+    return some, [[(g, m) for m in taken] for g, taken in members.items()]
 
 
-def _score(model: nn.Module, weight: torch.Tensor, batch: Batch) -> list[float]:
-    decoder = model.get_decoder()
-    hidden = decoder(
-        input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=batch.mask(), use_cache=False
-    ).last_hidden_state  # [B, L, H]
-    logprobs = linear_logprob(hidden[batch.rows, batch.positions], weight, batch.targets)
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an allocation failed: CUDA's has a class of its own, that of a CPU is a RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _sums(model: nn.Module, weight: torch.Tensor, batch: Batch) -> list[float]:
+    logprobs = linear_logprob(batch.hidden(model), weight, batch.targets)
     sums = torch.zeros(len(batch.continuations), dtype=torch.float64, device=weight.device)
     sums.index_add_(0, batch.owners, logprobs.double())
     if not torch.isfinite(sums).all():

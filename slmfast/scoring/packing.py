@@ -1,134 +1,182 @@
-"""How groups of sequences with a common prefix are laid out in rows and batches.
+"""How prompts and their continuations are laid out in packs: one row of tokens each, without padding.
 
-A group is a prefix and its continuations. Where the prefix is shared, a row holds it once, followed by several
-continuations, each of which restarts its positions after the prefix and sees the prefix and itself (as in prefix
-sharing for preference training, arXiv 2410.20305). A continuation's last token predicts nothing, so it is a target
-but never an input.
+What several sequences begin with stands in a pack once, and everything that follows it attends to it: a prompt to
+its replies (as in prefix sharing for preference training, arXiv 2410.20305), the template's preamble to all prompts.
+Positions restart after what is shared. A continuation's last token predicts nothing, so it is a target but never an
+input.
 
-Rows go into batches by length, and batches are a function of the whole set of groups alone: neither the order of the
-input nor what is left to do changes what is computed together.
+Packs are a function of the whole set of groups alone: neither the order of the input nor what is left to do changes
+what is computed together.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
+import numpy as np
+
+from slmfast.scoring.best_fit import best_fit_decreasing
+from slmfast.scoring.prefix_tree import Node, prefix_tree
+
+Tokens = Sequence[int] | np.ndarray
 
 
 @dataclass(frozen=True)
 class Group:
-    """Token ids: a prefix of at least one, and continuations of at least one each."""
+    """Token ids: a prompt of at least one, and continuations of at least one each."""
 
-    prefix: Sequence[int]
-    continuations: Sequence[Sequence[int]]
+    prefix: Tokens
+    continuations: Sequence[Tokens]
 
 
 @dataclass(frozen=True)
-class Row:
-    """A prefix and some continuations of one group, laid out one after the other."""
+class Segment:
+    """Tokens begin..end-1 of a pack, which attend to the segments above them and to one another, causally."""
 
-    group: int
-    members: tuple[int, ...]  # which of the group's continuations
-    prefix: Sequence[int]
-    continuations: tuple[Sequence[int], ...]  # theirs, in the order of `members`
+    begin: int
+    end: int
+    parent: int  # the number of the segment above; -1 for none
+
+
+@dataclass
+class Pack:
+    """Segments one after the other, parents first, and the targets that are predicted in them.
+
+    Shapes: L tokens, T targets, C continuations.
+    """
+
+    tokens: list[np.ndarray] = field(default_factory=list)  # of each segment
+    starts: list[int] = field(default_factory=list)  # the position of each segment's first token
+    segments: list[Segment] = field(default_factory=list)
+    sources: list[np.ndarray] = field(default_factory=list)  # int64, T in all: the place that predicts each target
+    targets: list[np.ndarray] = field(default_factory=list)  # T in all
+    continuations: list[tuple[int, int]] = field(default_factory=list)  # C pairs: group and number in the group
 
     def __len__(self) -> int:
-        return len(self.prefix) + sum(len(continuation) - 1 for continuation in self.continuations)
+        return self.segments[-1].end if self.segments else 0
 
-    def key(self) -> tuple:
-        """Orders rows by length; rows of equal keys hold the same tokens."""
-        return len(self), tuple(self.prefix), tuple(map(tuple, self.continuations))
+    def add(self, tokens: np.ndarray, start: int, parent: int) -> int:
+        """Appends a segment of at least one token; its number."""
+        begin = len(self)
+        self.tokens.append(tokens)
+        self.starts.append(start)
+        self.segments.append(Segment(begin, begin + len(tokens), parent))
+        return len(self.segments) - 1
+
+    def predict(self, continuation: np.ndarray, start: int, parent: int, owner: tuple[int, int]) -> None:
+        """Appends a continuation of a segment: its targets, and all of its tokens but the last."""
+        first = self.segments[parent].end - 1
+        begin = len(self)
+        if len(continuation) > 1:
+            self.add(continuation[:-1], start, parent)
+        self.sources.append(np.concatenate([[first], np.arange(begin, begin + len(continuation) - 1)]))
+        self.targets.append(continuation)
+        self.continuations.append(owner)
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Rows as tensors. Shapes: B rows, L tokens in the longest, T targets, C continuations."""
+class _Fragment:
+    """A node of the prefix tree with some of what is below it: what goes into one pack together."""
 
-    input_ids: Tensor  # int64 [B, L], padded on the right
-    position_ids: Tensor  # int64 [B, L]
-    segments: Tensor | None  # int64 [B, L]: 0 the prefix, 1.. the continuations; None where no row has two of them
-    rows: Tensor  # int64 [T]: the row in which a target is predicted
-    positions: Tensor  # int64 [T]: and where in it, at the token before the target
-    targets: Tensor  # int64 [T]
-    owners: Tensor  # int64 [T]: the continuation a target belongs to
-    continuations: list[tuple[int, int]]  # C pairs: group and number in the group
-
-    def mask(self) -> Tensor | None:
-        """Which query (dimension 2) may see which key (dimension 3), bool [B, 1, L, L]; None for plain causal."""
-        if self.segments is None:
-            return None
-        length = self.input_ids.shape[1]
-        causal = torch.ones(length, length, dtype=torch.bool, device=self.segments.device).tril()
-        keys, queries = self.segments[:, None, None, :], self.segments[:, None, :, None]
-        return causal & ((keys == 0) | (keys == queries))
+    node: int
+    cost: int  # input tokens, the node's own included
+    below: list["_Fragment | _Leaf"]
 
 
-def make_rows(groups: Sequence[Group], *, share: bool, row_tokens: int) -> list[Row]:
-    """Rows of all groups; with `share` several continuations a row, as long as it stays within `row_tokens`.
+@dataclass(frozen=True)
+class _Leaf:
+    """A continuation."""
 
-    A row of one continuation may be longer than that: nothing is ever cut.
+    group: int
+    member: int
+    cost: int  # input tokens: all but the last
+
+
+def make_packs(groups: Sequence[Group], budget: int) -> Iterator[Pack]:
+    """Packs of at most `budget` tokens that hold every continuation once, the largest first.
+
+    A sequence of more tokens than that is a pack of its own: nothing is ever cut.
     """
-    rows = []
-    for number, group in enumerate(groups):
-        order = sorted(
-            range(len(group.continuations)), key=lambda i: (len(group.continuations[i]), group.continuations[i])
-        )
-        taken: list[int] = []
-        length = len(group.prefix)
-        for member in order:
-            more = len(group.continuations[member]) - 1
-            if taken and (not share or length + more > row_tokens):
-                rows.append(_row(number, group, taken))
-                taken, length = [], len(group.prefix)
-            taken.append(member)
-            length += more
-        if taken:
-            rows.append(_row(number, group, taken))
-    return rows
+    used = [i for i, group in enumerate(groups) if len(group.continuations)]
+    prompts = [np.asarray(groups[i].prefix, dtype=np.int32) for i in used]
+    nodes, ends = prefix_tree(prompts)
+    below: list[list[_Fragment | _Leaf]] = [[] for _ in nodes]
+    for number, node in zip(used, ends, strict=True):
+        below[node] += [_Leaf(number, m, len(c) - 1) for m, c in enumerate(groups[number].continuations)]
+    for number in range(len(nodes) - 1, 0, -1):  # children before their parents
+        node = nodes[number]
+        leaves = sorted((x for x in below[number] if isinstance(x, _Leaf)), key=lambda leaf: _content(groups, leaf))
+        # Children were added last to first.
+        items = leaves + [x for x in reversed(below[number]) if isinstance(x, _Fragment)]
+        for part in _parts(items, max(1, budget - node.end)):
+            below[node.parent].append(_Fragment(number, node.end - node.start + _cost(part), part))
+        below[number] = []
+    for part in sorted(_parts(below[0][::-1], budget), key=_cost, reverse=True):
+        yield _laid_out(part, nodes, prompts, groups)
 
 
-def _row(number: int, group: Group, members: list[int]) -> Row:
-    return Row(number, tuple(members), group.prefix, tuple(group.continuations[i] for i in members))
+def _content(groups: Sequence[Group], leaf: _Leaf) -> tuple:
+    """Orders the continuations of a prompt by what they are; those of equal keys hold the same tokens."""
+    return leaf.cost, np.asarray(groups[leaf.group].continuations[leaf.member], dtype=np.int32).tobytes()
 
 
-def make_batches(rows: Sequence[Row], batch_tokens: int) -> list[list[Row]]:
-    """Rows sorted by length, longest first, in batches of at most `batch_tokens` tokens with the padding.
+def _cost(items: Sequence["_Fragment | _Leaf"]) -> int:
+    return sum(item.cost for item in items)
 
-    A row longer than that is a batch of its own.
-    """
-    batches: list[list[Row]] = []
-    for row in sorted(rows, key=Row.key, reverse=True):
-        if batches and (len(batches[-1]) + 1) * len(batches[-1][0]) <= batch_tokens:
-            batches[-1].append(row)
+
+def _parts(items: list["_Fragment | _Leaf"], capacity: int) -> list[list["_Fragment | _Leaf"]]:
+    """Items in as few parts as best fit makes; all together where they have room."""
+    if not items or _cost(items) <= capacity:
+        return [items] if items else []
+    bins = best_fit_decreasing(np.array([item.cost for item in items], dtype=np.int64), capacity)
+    parts: list[list[_Fragment | _Leaf]] = [[] for _ in range(int(bins.max()) + 1)]
+    for item, number in zip(items, bins.tolist(), strict=True):
+        parts[number].append(item)
+    return parts
+
+
+def _laid_out(
+    part: list["_Fragment | _Leaf"], nodes: list[Node], prompts: list[np.ndarray], groups: Sequence[Group]
+) -> Pack:
+    pack = Pack()
+    waiting: list[tuple[_Fragment | _Leaf, int]] = [(item, -1) for item in reversed(part)]  # and the segment above
+    while waiting:
+        item, parent = waiting.pop()
+        if isinstance(item, _Fragment):
+            node = nodes[item.node]
+            segment = pack.add(prompts[node.example][node.start : node.end], node.start, parent)
+            waiting += [(below, segment) for below in reversed(item.below)]
         else:
-            batches.append([row])
-    return batches
+            continuation = np.asarray(groups[item.group].continuations[item.member], dtype=np.int32)
+            start = len(groups[item.group].prefix)
+            pack.predict(continuation, start, parent, (item.group, item.member))
+    return pack
 
 
-def collate(rows: Sequence[Row], device: torch.device | str = "cpu") -> Batch:
-    """The tensors of one batch of rows."""
-    longest = max(map(len, rows))
-    # Padding stands on the right: causal attention never lets a real token see it, so any id and position serve.
-    ids, positions, segments = (torch.zeros(len(rows), longest, dtype=torch.int64) for _ in range(3))
-    where: list[tuple[int, int, int, int]] = []  # of each target: row, position, token, continuation
-    continuations: list[tuple[int, int]] = []
-    for r, row in enumerate(rows):
-        tokens, places, parts = list(row.prefix), list(range(len(row.prefix))), [0] * len(row.prefix)
-        for part, (member, continuation) in enumerate(zip(row.members, row.continuations, strict=True), start=1):
-            # The first target is predicted by the prefix's last token, each later one by the target before it.
-            sources = [len(row.prefix) - 1, *range(len(tokens), len(tokens) + len(continuation) - 1)]
-            where += [
-                (r, source, token, len(continuations)) for source, token in zip(sources, continuation, strict=True)
-            ]
-            continuations.append((row.group, member))
-            tokens += continuation[:-1]
-            places += range(len(row.prefix), len(row.prefix) + len(continuation) - 1)
-            parts += [part] * (len(continuation) - 1)
-        for tensor, values in ((ids, tokens), (positions, places), (segments, parts)):
-            tensor[r, : len(row)] = torch.tensor(values)
-    shared = any(len(row.members) > 1 for row in rows)
-    table = torch.tensor(where, dtype=torch.int64).T.contiguous().to(device)
-    return Batch(
-        ids.to(device), positions.to(device), segments.to(device) if shared else None, *table.unbind(0), continuations
-    )
+def make_rows(groups: Sequence[Group], budget: int) -> Iterator[list[Pack]]:
+    """Every continuation as a pack of its own, in batches of at most `budget` tokens with the padding to the longest.
+
+    For models whose layers can't be told what attends to what.
+    """
+    leaves = [
+        _Leaf(g, m, len(group.prefix) + len(continuation) - 1)
+        for g, group in enumerate(groups)
+        for m, continuation in enumerate(group.continuations)
+    ]
+
+    def content(leaf: _Leaf) -> tuple:
+        group = groups[leaf.group]
+        ids = (np.asarray(x, dtype=np.int32).tobytes() for x in (group.prefix, group.continuations[leaf.member]))
+        return leaf.cost, *ids
+
+    batch: list[Pack] = []
+    for leaf in sorted(leaves, key=content, reverse=True):
+        pack, group = Pack(), groups[leaf.group]
+        root = pack.add(np.asarray(group.prefix, dtype=np.int32), 0, -1)
+        continuation = np.asarray(group.continuations[leaf.member], dtype=np.int32)
+        pack.predict(continuation, len(group.prefix), root, (leaf.group, leaf.member))
+        if batch and (len(batch) + 1) * len(batch[0]) > budget:
+            yield batch
+            batch = []
+        batch.append(pack)
+    if batch:
+        yield batch

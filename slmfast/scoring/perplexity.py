@@ -3,7 +3,7 @@
 import itertools
 import math
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -40,6 +40,7 @@ def perplexity(
     device: Any = None,
     dtype: Any = None,
     progress: bool = True,
+    on_halved: Callable[[int], None] | None = None,
 ) -> pa.Table:
     """The perplexity of every reply: one row a reply, in input order, with the columns of SCHEMA.
 
@@ -58,9 +59,10 @@ def perplexity(
         window: the most tokens a sequence may have, the closing one included; the model's own limit unless given.
         long: what becomes of a longer one. "reject" scores null. "slide" scores it in windows that advance by half
             a window, so that each token sees half a window before it, or all there is.
-        batch_tokens: tokens that go through the model together.
+        batch_tokens: tokens that go through the model together; what the device's memory allows unless given.
         device, dtype: where and in what a path is loaded.
         progress: show rate and time left on stderr.
+        on_halved: called with the new number of tokens whenever the memory did not hold a batch and it was halved.
 
     Raises:
         UserError: something in the arguments is amiss, or the model gives scores that are no numbers.
@@ -79,17 +81,19 @@ def perplexity(
         [group for group, _ in planned],
         batch_tokens=batch_tokens,
         progress="perplexity" if progress else None,
+        on_halved=on_halved,
     )
     totals: dict[tuple[int, int], float] = {}
     for (_, owners), values in zip(planned, scores, strict=True):
         for owner, value in zip(owners, values.tolist(), strict=True):
             totals[owner] = totals.get(owner, 0.0) + value
-    rows = [
-        {"prompt_index": i, "reply_index": j, **_figures(len(tokens), totals.get((i, j)))}
+    rows = (
+        (i, j, *_figures(len(tokens), totals.get((i, j))))
         for i, several in enumerate(closed)
         for j, tokens in enumerate(several)
-    ]
-    return pa.Table.from_pylist(rows, schema=SCHEMA)
+    )
+    columns = list(zip(*rows, strict=True)) or [[]] * len(SCHEMA)
+    return pa.table([pa.array(c, f.type) for c, f in zip(columns, SCHEMA, strict=True)], schema=SCHEMA)
 
 
 def _paired(prompts: Iterable[Any], replies: Iterable[Any]) -> list[tuple[Prompt, list[str | None]]]:
@@ -160,10 +164,10 @@ def slide(prefix: list[int], continuation: list[int], window: int) -> list[Group
     return pieces
 
 
-def _figures(tokens: int, logprob: float | None) -> dict[str, float | int | None]:
+def _figures(tokens: int, logprob: float | None) -> tuple[int | None, float | None, float | None, float | None]:
+    """The columns tokens, bits, bits_per_token and perplexity of one reply."""
     if logprob is None:
-        return {"tokens": tokens or None, "bits": None, "bits_per_token": None, "perplexity": None}
+        return tokens or None, None, None, None
     bits = -logprob / math.log(2)
     rate = bits / tokens
-    perplexity = 2.0**rate if rate < sys.float_info.max_exp else math.inf  # from 1024 bits on no float64 holds it
-    return {"tokens": tokens, "bits": bits, "bits_per_token": rate, "perplexity": perplexity}
+    return tokens, bits, rate, 2.0**rate if rate < sys.float_info.max_exp else math.inf  # no float64 holds 2 ** 1024

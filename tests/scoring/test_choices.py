@@ -80,3 +80,47 @@ def test_a_window_the_model_does_not_know_is_refused(model, tokenizer):
 def test_choices_are_checked(model, tokenizer, choices):
     with pytest.raises(UserError, match="choice"):
         slmfast.choose(model, tokenizer, ["a"], choices, progress=False)
+
+
+def test_each_prompt_may_have_choices_of_its_own(model, tokenizer):
+    own = [["yes", "no"], ["1", "0.5", "0"], ["yes"], ["no", "yes"]]
+    got = slmfast.choose(model, tokenizer, PROMPTS, own, progress=False)
+    assert [len(row) for row in got] == [2, 3, 1, 2]
+    for prompt, some, row in zip(PROMPTS, own, got, strict=True):
+        np.testing.assert_allclose(row, slmfast.choose(model, tokenizer, [prompt], some, progress=False)[0], rtol=1e-6)
+    assert slmfast.choose(model, tokenizer, PROMPTS, [["yes"]] * 4, window=4, progress=False)[0].tolist() != [0.0]
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        ([["yes", "no"]], "4 prompts but 1 lists"),
+        ([["yes"], [], ["a"], ["b"]], r"choices \[\]"),
+        ([["yes"], ["a", "a"], ["a"], ["b"]], "each may stand there once"),
+        ([["yes"], "no", ["a"], ["b"]], "choices"),
+    ],
+)
+def test_choices_of_each_prompt_are_checked(model, tokenizer, choices, message):
+    with pytest.raises(UserError, match=message):
+        slmfast.choose(model, tokenizer, PROMPTS, choices, progress=False)
+
+
+def test_several_questions_about_one_text_read_it_once(model, tokenizer, monkeypatch):
+    from slmfast.scoring import forward
+
+    sizes = []
+    whole = forward._sums
+
+    def counted(model, weight, batch):
+        sizes.append(batch.tokens)
+        return whole(model, weight, batch)
+
+    monkeypatch.setattr(forward, "_sums", counted)
+    text = "the quick brown fox jumps over the lazy dog " * 4
+    prompts = [text + question for question in ("yes or no?", "What is 17 times 3?", "1, 0.5 or 0?")]
+    scores = slmfast.choose(model, tokenizer, prompts, ["yes", "no"], progress=False)
+    together = sum(sizes)
+    sizes.clear()
+    apart = [slmfast.choose(model, tokenizer, [prompt], ["yes", "no"], progress=False)[0] for prompt in prompts]
+    np.testing.assert_allclose(scores, apart, rtol=1e-6)
+    assert sum(sizes) - together > 2 * 0.8 * len(tokenizer.encode(text))

@@ -1,0 +1,48 @@
+"""How many tokens go through a model together: as many as its memory holds, up to where more gain nothing."""
+
+from numbers import Integral
+
+import torch
+from torch import nn
+
+from slmfast.errors import UserError
+
+CPU_TOKENS = 4096
+CUDA_TOKENS = 32768
+LEAST_TOKENS = 256
+# Of the free memory of a device; the rest is for the LM head's tiles, cuBLAS, and what fragments.
+USABLE = 0.7
+
+
+def checked_budget(tokens: int | None, model: nn.Module) -> int:
+    """The tokens that are asked for, or what the memory gives. Raises UserError where they are no number."""
+    if tokens is None:
+        return token_budget(model)
+    if not isinstance(tokens, Integral) or tokens < 1:
+        raise UserError(f"batch_tokens is {tokens!r}: give a positive number of tokens")
+    return int(tokens)
+
+
+def token_budget(model: nn.Module) -> int:
+    """Tokens of a batch for which a model's forward pass has room on its device now, a power of two.
+
+    On a CPU the caches decide, not the memory, and the answer is always the same.
+    """
+    weight = model.get_output_embeddings().weight
+    if not weight.is_cuda:
+        return CPU_TOKENS
+    free, _ = torch.cuda.mem_get_info(weight.device)
+    return budget_for(free, bytes_per_token(model.config.get_text_config(), weight.element_size()))
+
+
+def bytes_per_token(config: object, size: int) -> int:
+    """What the widest moment of a layer holds for a token: its input, and the three arrays of a gated MLP."""
+    hidden = config.hidden_size
+    widest = getattr(config, "intermediate_size", None) or 4 * hidden
+    return size * (8 * hidden + 3 * widest)
+
+
+def budget_for(free: int, per_token: int) -> int:
+    """The largest power of two whose tokens take no more than the usable part of `free` bytes, within the limits."""
+    room = max(LEAST_TOKENS, min(CUDA_TOKENS, int(free * USABLE) // per_token))
+    return 1 << (room.bit_length() - 1)

@@ -1,0 +1,101 @@
+"""What becomes of a batch that the memory does not hold, and how the tokens of a batch are chosen."""
+
+import numpy as np
+import pytest
+import torch
+
+import slmfast
+from slmfast import UserError
+from slmfast.scoring import budget as budgets
+from slmfast.scoring import forward
+from slmfast.scoring.forward import continuation_logprobs
+from slmfast.scoring.packing import Group
+
+
+@pytest.fixture
+def groups():
+    rng = np.random.default_rng(0)
+    return [Group(rng.integers(0, 700, 10), [rng.integers(0, 700, n) for n in (1, 6, 9)]) for _ in range(12)]
+
+
+@pytest.fixture
+def limited(monkeypatch):
+    """A function that gives the model memory for some tokens at a time, and the sizes of the batches that ran."""
+    ran = []
+
+    def limit(most, error):
+        whole = forward._sums
+
+        def short(model, weight, batch):
+            if batch.tokens > most:
+                raise error
+            ran.append(batch.tokens)
+            return whole(model, weight, batch)
+
+        monkeypatch.setattr(forward, "_sums", short)
+        return ran
+
+    return limit
+
+
+ERRORS = [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9")]
+
+
+@pytest.mark.parametrize("error", ERRORS)
+@pytest.mark.parametrize("attention", ["sdpa", "none"])
+def test_a_batch_that_does_not_fit_is_halved_and_nothing_is_lost(
+    build_model, groups, limited, error, attention, monkeypatch
+):
+    model = build_model()
+    if attention == "none":
+        monkeypatch.setattr(forward, "can_pack", lambda model: False)
+    expected = continuation_logprobs(model, groups)
+    halved = []
+    ran = limited(60, error)
+    got = continuation_logprobs(model, groups, batch_tokens=400, on_halved=halved.append)
+    for ours, theirs in zip(got, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+    assert halved and halved[-1] <= 60 and sorted(halved, reverse=True) == halved
+    assert max(ran) <= 60 < sum(ran)
+
+
+def test_a_sequence_that_does_not_fit_is_named(model, groups, limited):
+    limited(12, ERRORS[0])
+    with pytest.raises(UserError, match=r"does not hold a sequence of 1[58] tokens"):
+        continuation_logprobs(model, groups)
+
+
+def test_other_errors_pass(model, groups, limited):
+    limited(12, RuntimeError("shapes do not fit"))
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        continuation_logprobs(model, groups)
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_the_public_functions_tell_their_caller(model, tokenizer, limited, error):
+    limited(50, error)
+    for call in (
+        lambda **more: slmfast.perplexity(model, tokenizer, ["a", "b b"], [["x y z"] * 3] * 2, **more),
+        lambda **more: slmfast.choose(model, tokenizer, ["a", "b b", "c c c"], ["x y z", "z"], **more),
+    ):
+        halved = []
+        call(progress=False, on_halved=halved.append)
+        assert halved
+
+
+def test_the_budget_follows_the_memory():
+    gib = 1 << 30
+    tokens = [budgets.budget_for(free, 100_000) for free in (0, gib // 4, gib, 3 * gib, 80 * gib)]
+    assert tokens == sorted(tokens) and tokens[0] == budgets.LEAST_TOKENS and tokens[-1] == budgets.CUDA_TOKENS
+    for free, chosen in zip((gib // 4, gib, 3 * gib), tokens[1:4], strict=True):
+        assert chosen * 100_000 <= free < 4 * chosen * 100_000
+        assert chosen & (chosen - 1) == 0
+
+
+def test_a_token_is_as_wide_as_its_layer(build_model):
+    config = build_model().config
+    assert budgets.bytes_per_token(config, 2) == 2 * (8 * 64 + 3 * 112)
+
+
+def test_on_a_cpu_the_budget_is_always_the_same(build_model):
+    assert budgets.token_budget(build_model("tied")) == budgets.token_budget(build_model("mqa"))
