@@ -147,9 +147,13 @@ class Regenerate:
 @dataclass(frozen=True, kw_only=True)
 class Rate:
     unit_rows: int = 512
+    token_budget: int | None = None  # tokens scored together; what the memory holds at the first run unless given
 
     def __post_init__(self) -> None:
         _require(self.unit_rows > 0, "rate.unit_rows", "give a positive number")
+        _require(
+            self.token_budget is None or self.token_budget > 0, "rate.token_budget", "give a positive number of tokens"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

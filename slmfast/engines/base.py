@@ -21,7 +21,18 @@ class Generation:
 
 
 class Engine(Protocol):
-    """A model that answers and scores. Every result is a function of the arguments, in their order."""
+    """A model that answers and scores. Every result is a function of the arguments, in their order.
+
+    `token_budget` says how many tokens are scored together, where that is this side's matter: None until it is asked
+    for or set. It falls where the memory does not hold that many, and scores made before differ from those after by
+    rounding.
+    """
+
+    token_budget: int | None
+
+    def fix_token_budget(self) -> int | None:
+        """The token budget, from the memory that is free now where none is set yet."""
+        ...
 
     @property
     def window(self) -> int:
@@ -47,8 +58,8 @@ class Engine(Protocol):
         """
         ...
 
-    def choose(self, prompts: Sequence[Prompt], choices: Sequence[str]) -> np.ndarray:
-        """Natural log-probabilities [n, len(choices)], as slmfast.choose; NaN rows where a prompt is unreadable."""
+    def choose(self, prompts: Sequence[Prompt], choices: Sequence[Sequence[str]]) -> list[np.ndarray]:
+        """Natural log-probabilities of each prompt's own choices, as slmfast.choose; all NaN where it is unreadable."""
         ...
 
     def perplexity(self, prompts: Sequence[Prompt], replies: Sequence[Sequence[str | None]]) -> pa.Table:

@@ -1,9 +1,11 @@
-"""Batched decoding with a key-value cache: greedy, or by a nucleus under a seed (Holtzman et al. 2020).
+"""Continuous batching with a key-value cache: greedy, or by a nucleus under a seed (Holtzman et al. 2020).
 
-A loop of our own, for two reasons: `transformers`' `generate` takes unset options from the model's generation config
-(a repetition penalty would make "greedy" something else), and it draws from a global generator, so that a sample would
-depend on its neighbours in the batch. Here every prompt draws from a stream of its own, and rows that have ended leave
-the batch.
+Replies end after different lengths. As soon as a quarter of the slots stand idle, waiting prompts take them (Yu et al.
+2022, "Orca: a distributed serving system for transformer-based generative models").
+
+A loop of our own, for two reasons: `transformers`' `generate` and `generate_batch` take unset options from the model's
+generation config (a repetition penalty would make "greedy" something else), and they draw from a global generator, so
+that a sample would depend on its neighbours in the batch. Here every prompt draws from a stream of its own.
 """
 
 import hashlib
@@ -13,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import DynamicCache
 
 from slmfast.errors import UserError
@@ -50,49 +53,131 @@ def decode(
     max_new_tokens: int,
     draws: np.ndarray | None = None,
     sampling: Sampling | None = None,
+    *,
+    slots: int = 64,
 ) -> list[list[int]]:
     """The tokens generated after each prompt, the token of `ends` that closed a reply included.
 
+    Prompts wait for a slot in their given order, so it pays to give them by length.
+
     Args:
         model: a causal language model in evaluation mode.
-        prompts: token ids, at least one each; they run as one batch.
+        prompts: token ids, at least one each.
         ends: the tokens that close a reply.
         draws: float64 [prompts, max_new_tokens], see `uniforms`; needed at a temperature above 0.
+        slots: how many replies are written side by side.
 
     Raises:
         UserError: the model gives logits that are no numbers.
     """
     sampling = sampling or Sampling()
-    device = model.get_output_embeddings().weight.device
-    ids, seen = _left_padded(prompts, device)
-    cache = DynamicCache(config=model.config)
     replies: list[list[int]] = [[] for _ in prompts]
-    alive = list(range(len(prompts)))
-    positions = (seen.cumsum(1) - 1).clamp(min=0)
-    for step in range(max_new_tokens):
-        output = model(
-            input_ids=ids,
-            attention_mask=seen,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        draw = None if draws is None else torch.as_tensor(draws[alive, step], device=device)
-        chosen = next_tokens(output.logits[:, -1], sampling, draw)
-        for row, token in zip(alive, chosen.tolist(), strict=True):
-            replies[row].append(token)
-        going = [i for i, row in enumerate(alive) if replies[row][-1] not in ends]
-        if not going:
-            break
-        ids, positions = chosen[:, None], positions[:, -1:] + 1
-        seen = torch.cat([seen, seen.new_ones(len(seen), 1)], dim=1)
-        if len(going) < len(alive):
-            keep = torch.tensor(going, device=device)
-            cache.batch_select_indices(keep)
-            ids, positions, seen = ids[keep], positions[keep], seen[keep]
-            alive = [alive[i] for i in going]
+    waiting = list(range(len(prompts)))[::-1]
+
+    def choose(rows: Rows, logits: Tensor) -> None:
+        """Gives every row its next token; rows whose reply has ended go on idly until they are taken out."""
+        steps = [min(len(replies[owner]), max_new_tokens - 1) for owner in rows.owners]
+        draw = None if draws is None else torch.as_tensor(draws[rows.owners, steps], device=logits.device)
+        rows.last = next_tokens(logits, sampling, draw)[:, None]
+        for row, token in enumerate(rows.last[:, 0].tolist()):
+            if rows.going[row]:
+                reply = replies[rows.owners[row]]
+                reply.append(token)
+                rows.going[row] = token not in ends and len(reply) < max_new_tokens
+
+    rows: Rows | None = None
+    while waiting or rows is not None:
+        if rows is not None and not worth_renewing(rows.going, slots, len(waiting)):
+            choose(rows, rows.step(model))
+            continue
+        rows = rows.kept() if rows is not None else None
+        free = min(len(waiting), slots - (len(rows.owners) if rows else 0))
+        if free:
+            taken = [waiting.pop() for _ in range(free)]
+            new, logits = Rows.begin(model, taken, [prompts[i] for i in taken])
+            choose(new, logits)
+            rows = new if rows is None else rows.joined(new)
     return replies
+
+
+def worth_renewing(going: Sequence[bool], slots: int, waiting: int) -> bool:
+    """Whether enough slots stand idle to be worth a copy of the cache: a quarter, or all."""
+    idle = (slots if waiting else len(going)) - sum(going)
+    return not any(going) or 4 * idle >= (slots if waiting else len(going))
+
+
+@dataclass
+class Rows:
+    """Replies that are being written side by side. Shapes: B rows, L places of the cache.
+
+    Rows are padded on the left, so that all end together; `seen` says which places are real.
+    """
+
+    owners: list[int]  # the prompt of each row
+    going: list[bool]  # whether its reply has not ended yet
+    cache: DynamicCache
+    seen: Tensor  # int64 [B, L]
+    last: Tensor  # int64 [B, 1]: the newest token, which is not in the cache yet
+    position: Tensor  # int64 [B, 1]: its position
+
+    @classmethod
+    def begin(cls, model: nn.Module, owners: list[int], prompts: list[Sequence[int]]) -> tuple["Rows", Tensor]:
+        """Rows for prompts, and the logits [B, V] of their first tokens."""
+        ids, seen = _left_padded(prompts, model.get_output_embeddings().weight.device)
+        # Without the model's configuration every layer keeps all places, as the copies below need it; a sliding
+        # window is obeyed by the mask.
+        cache = DynamicCache()
+        positions = (seen.cumsum(1) - 1).clamp(min=0)
+        logits = _last_logits(model, ids, seen, positions, cache)
+        return cls(owners, [True] * len(owners), cache, seen, ids[:, -1:], positions[:, -1:] + 1), logits
+
+    def step(self, model: nn.Module) -> Tensor:
+        """The logits [B, V] after the newest tokens."""
+        self.seen = torch.cat([self.seen, self.seen.new_ones(len(self.owners), 1)], dim=1)
+        logits = _last_logits(model, self.last, self.seen, self.position, self.cache)
+        self.position = self.position + 1
+        return logits
+
+    def kept(self) -> "Rows | None":
+        """The rows that go on, without the places that none of them needs; None if there are none."""
+        rows = [row for row, going in enumerate(self.going) if going]
+        if not rows:
+            return None
+        keep = torch.tensor(rows, device=self.seen.device)
+        seen = self.seen[keep]
+        unused = int(seen.argmax(1).min())
+        cache = DynamicCache()
+        for i, layer in enumerate(self.cache.layers):
+            cache.update(layer.keys[keep, :, unused:], layer.values[keep, :, unused:], i)
+        owners = [self.owners[row] for row in rows]
+        return Rows(owners, [True] * len(rows), cache, seen[:, unused:], self.last[keep], self.position[keep])
+
+    def joined(self, other: "Rows") -> "Rows":
+        """These rows and then the other ones."""
+        length = max(self.seen.shape[1], other.seen.shape[1])
+
+        def both(a: Tensor, b: Tensor, dim: int) -> Tensor:
+            padded = (functional.pad(x, (0, 0) * (x.ndim - 1 - dim) + (length - x.shape[dim], 0)) for x in (a, b))
+            return torch.cat(list(padded))
+
+        cache = DynamicCache()
+        for i, (a, b) in enumerate(zip(self.cache.layers, other.cache.layers, strict=True)):
+            cache.update(both(a.keys, b.keys, 2), both(a.values, b.values, 2), i)
+        last, position = torch.cat([self.last, other.last]), torch.cat([self.position, other.position])
+        seen = both(self.seen, other.seen, 1)
+        return Rows(self.owners + other.owners, self.going + other.going, cache, seen, last, position)
+
+
+def _last_logits(model: nn.Module, ids: Tensor, seen: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
+    output = model(
+        input_ids=ids,
+        attention_mask=seen,
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    return output.logits[:, -1]
 
 
 def next_tokens(logits: Tensor, sampling: Sampling, draws: Tensor | None = None) -> Tensor:

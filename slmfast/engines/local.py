@@ -17,10 +17,11 @@ from slmfast.engines.base import Generation, Prompt
 from slmfast.engines.decoding import Sampling, decode, uniforms
 from slmfast.errors import UserError
 from slmfast.scoring import choose, perplexity
+from slmfast.scoring.budget import checked_budget
 from slmfast.scoring.encoding import Encoder
 from slmfast.scoring.loading import check_model_name, config_window, evaluating, load_model, load_tokenizer
 
-GENERATION_BATCH = 64  # prompts decoded together
+GENERATION_BATCH = 64  # replies written side by side
 
 
 class LocalEngine:
@@ -33,8 +34,8 @@ class LocalEngine:
         model: a model folder or hub name.
         device, dtype: where and in what the weights load.
         threads: CPU threads of the model's work; those of torch unless given.
-        batch_tokens: tokens that are scored together.
-        batch_size: prompts that are decoded together.
+        token_budget: tokens that are scored together; what the memory holds at the first use unless given.
+        batch_size: replies that are written side by side.
 
     Raises:
         UserError: there is no such model or tokenizer, or the tokenizer has no chat template.
@@ -47,7 +48,7 @@ class LocalEngine:
         device: Any = None,
         dtype: Any = None,
         threads: int | None = None,
-        batch_tokens: int | None = None,
+        token_budget: int | None = None,
         batch_size: int = GENERATION_BATCH,
     ):
         if batch_size < 1:
@@ -56,7 +57,7 @@ class LocalEngine:
             raise UserError(f"threads is {threads}: give a positive number")
         self.name = check_model_name(model)
         self.device, self.dtype, self.threads = device, dtype, threads
-        self.batch_tokens, self.batch_size = batch_tokens, batch_size
+        self.token_budget, self.batch_size = token_budget, batch_size
         self.encoder = Encoder(load_tokenizer(self.name))
 
     @cached_property
@@ -98,31 +99,37 @@ class LocalEngine:
                 )
         occurrences = _occurrences(encoded)
         order = sorted(range(len(encoded)), key=lambda i: (len(encoded[i]), encoded[i], occurrences[i]))
-        replies: dict[int, Generation] = {}
+        ids = [encoded[i] for i in order]
+        draws = None
+        if temperature > 0 and ids:
+            draws = np.stack([uniforms(encoded[i], occurrences[i], max_new_tokens, seed) for i in order])
         with self._threads(), evaluating(self.model):
-            for start in range(0, len(order), self.batch_size):
-                batch = order[start : start + self.batch_size]
-                ids = [encoded[i] for i in batch]
-                draws = None
-                if temperature > 0:
-                    draws = np.stack([uniforms(encoded[i], occurrences[i], max_new_tokens, seed) for i in batch])
-                tokens = decode(self.model, ids, self._ends, max_new_tokens, draws, sampling)
-                replies.update(zip(batch, map(self._generation, tokens), strict=True))
+            tokens = decode(self.model, ids, self._ends, max_new_tokens, draws, sampling, slots=self.batch_size)
+        replies = dict(zip(order, map(self._generation, tokens), strict=True))
         return [replies[i] for i in range(len(encoded))]
 
-    def choose(self, prompts: Sequence[Prompt], choices: Sequence[str]) -> np.ndarray:
-        """The log-probability of each whole choice, float64 [n, len(choices)]; see slmfast.choose."""
+    def fix_token_budget(self) -> int:
+        """See `Engine.fix_token_budget`."""
+        self.token_budget = checked_budget(self.token_budget, self.model)
+        return self.token_budget
+
+    def choose(self, prompts: Sequence[Prompt], choices: Sequence[Sequence[str]]) -> list[np.ndarray]:
+        """The log-probability of each prompt's whole choices, one array a prompt; see slmfast.choose."""
+        if not prompts:
+            return []
         with self._threads():
-            return choose(
-                self.model, self.encoder.tokenizer, prompts, choices, batch_tokens=self.batch_tokens, progress=False
-            )
+            return choose(self.model, self.encoder.tokenizer, prompts, choices, **self._scoring())
 
     def perplexity(self, prompts: Sequence[Prompt], replies: Sequence[Sequence[str | None]]) -> pa.Table:
         """One row a reply; see slmfast.perplexity."""
         with self._threads():
-            return perplexity(
-                self.model, self.encoder.tokenizer, prompts, replies, batch_tokens=self.batch_tokens, progress=False
-            )
+            return perplexity(self.model, self.encoder.tokenizer, prompts, replies, **self._scoring())
+
+    def _scoring(self) -> dict[str, Any]:
+        def halved(tokens: int) -> None:
+            self.token_budget = tokens
+
+        return {"batch_tokens": self.token_budget, "progress": False, "on_halved": halved}
 
     @cached_property
     def _ends(self) -> frozenset[int]:

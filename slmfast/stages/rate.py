@@ -4,6 +4,8 @@ The judge decodes nothing: its answer is the choice of the highest log-probabili
 it can't read (an empty reply, a text over its window) is rated null.
 """
 
+from collections.abc import Callable
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ from slmfast.engines.base import Engine
 from slmfast.job import Counts, Job, run_units, unit_counts
 from slmfast.prompts import QUALITY_CHOICES, YES_NO, instruction_safety_prompt, quality_prompt, reply_safety_prompt
 from slmfast.records import prompt_text
-from slmfast.store import read_batches
+from slmfast.store import read_batches, read_json, write_json
 
 INPUTS = ("regenerate",)
 MODELS = ("judge",)
@@ -38,9 +40,37 @@ def run(job: Job) -> Counts:
     """Adds `instruction_safe` and `ratings`."""
     source = job.input("regenerate")
     engine = open_engine(job.recipe.models.engine, job.model("judge"))
-    run_units(job, source, COLUMNS, job.settings.unit_rows, lambda rows: (rate_rows(engine, rows), []))
-    job.notes |= _count_unrated(job)
+    budget = TokenBudget(job, engine)
+    run_units(job, source, COLUMNS, job.settings.unit_rows, lambda rows: (budget.keep(rate_rows, rows), []))
+    job.notes |= _count_unrated(job) | budget.notes
     return unit_counts(job, source)
+
+
+class TokenBudget:
+    """How many tokens are scored together: chosen once, kept beside the units that are done, and so the same after a
+    restart whatever memory is free then.
+
+    Where the memory does not hold that many after all, they are halved, and the unit is scored again as a whole: a run
+    that was broken off in between does the same.
+    """
+
+    def __init__(self, job: Job, engine: Engine):
+        self.engine, self.path = engine, job.work / "token_budget.json"
+        self.notes = read_json(self.path) if self.path.exists() else {"token_budget": job.settings.token_budget}
+        engine.token_budget = self.notes["token_budget"]
+
+    def keep(self, score: Callable[[Engine, list[Any]], list[Any]], rows: list[Any]) -> list[Any]:
+        """The scores of a unit, all made with one budget."""
+        if not self.path.exists():
+            self.notes |= {"token_budget": self.engine.fix_token_budget(), "out_of_memory": 0}
+            write_json(self.path, self.notes)
+        while True:
+            scored = score(self.engine, rows)
+            if self.engine.token_budget == self.notes["token_budget"]:
+                return scored
+            halvings = self.notes["out_of_memory"] + 1
+            self.notes |= {"token_budget": self.engine.token_budget, "out_of_memory": halvings}
+            write_json(self.path, self.notes)
 
 
 def _count_unrated(job: Job) -> dict[str, int]:
@@ -58,9 +88,13 @@ def rate_rows(engine: Engine, rows: list[dict[str, Any]]) -> list[dict[str, Any]
     texts = [prompt_text(row["prompt"]) for row in rows]
     replies = [[reply["text"] for reply in row["replies"]] for row in rows]
     pairs = [(text, reply) for text, group in zip(texts, replies, strict=True) for reply in group]
-    instruction_safe = _decide(engine, [instruction_safety_prompt(text) for text in texts], YES_NO)
-    reply_safe = iter(_decide(engine, [reply_safety_prompt(*pair) for pair in pairs], YES_NO))
-    quality = iter(_decide(engine, [quality_prompt(*pair) for pair in pairs], QUALITY_CHOICES))
+    # All in one call: questions about one instruction or reply read it once.
+    questions = [(instruction_safety_prompt(text), YES_NO) for text in texts]
+    questions += [(reply_safety_prompt(*pair), YES_NO) for pair in pairs]
+    questions += [(quality_prompt(*pair), QUALITY_CHOICES) for pair in pairs]
+    answers = iter(_decide(engine, questions))
+    instruction_safe, reply_safe, quality = (list(islice(answers, n)) for n in (len(texts), len(pairs), len(pairs)))
+    reply_safe, quality = iter(reply_safe), iter(quality)
     perplexity = iter(engine.perplexity([row["prompt"] for row in rows], replies).to_pylist())
     rated = []
     for row, instruction in zip(rows, instruction_safe, strict=True):
@@ -87,7 +121,10 @@ def safety_score(instruction: str | None, reply: str | None) -> float | None:
     return 1.0 if instruction == "yes" else 0.5
 
 
-def _decide(engine: Engine, prompts: list[Any], choices: tuple[str, ...]) -> list[str | None]:
-    """The likeliest choice for every prompt, None where the judge could not read it."""
-    scores = np.asarray(engine.choose(prompts, list(choices)), dtype=np.float64)
-    return [None if np.isnan(row).any() else choices[int(row.argmax())] for row in scores]
+def _decide(engine: Engine, questions: list[tuple[Any, tuple[str, ...]]]) -> list[str | None]:
+    """The likeliest choice for every question, None where the judge could not read it."""
+    scores = engine.choose([prompt for prompt, _ in questions], [list(choices) for _, choices in questions])
+    return [
+        None if np.isnan(row).any() else choices[int(np.argmax(row))]
+        for row, (_, choices) in zip(scores, questions, strict=True)
+    ]

@@ -9,7 +9,7 @@ import torch
 
 import slmfast
 from slmfast import UserError
-from slmfast.engines import Generation, open_engine
+from slmfast.engines import Generation, decoding, open_engine
 from slmfast.engines.decoding import Sampling, next_tokens, uniforms
 
 PROMPTS = [
@@ -70,6 +70,50 @@ def test_a_model_that_closes_stops_and_leaves_the_batch(build_model, tokenizer, 
         closed = reply[-1] == tokenizer.eos_token_id
         assert generation.finish_reason == ("stop" if closed else "length")
         assert generation.text == tokenizer.decode(reply, skip_special_tokens=True).strip()
+
+
+def test_idle_slots_are_taken_by_waiting_prompts(build_model, tokenizer, tmp_path, monkeypatch):
+    """In batches that wait for their longest reply these prompts take more steps of the model."""
+    model = build_model("gqa")
+    with torch.no_grad():
+        model.lm_head.weight[tokenizer.eos_token_id] *= 3
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    prompts = [[{"role": "user", "content": f"the {word} {n}"}] for n in range(8) for word in ("fox", "dog", "今天")]
+    engine = open_engine("local", tmp_path, batch_size=4)
+    inner, sizes = decoding._last_logits, []
+
+    def counted(model, ids, *rest):
+        sizes.append(ids.shape)
+        return inner(model, ids, *rest)
+
+    monkeypatch.setattr(decoding, "_last_logits", counted)
+    lengths = [generation.tokens for generation in engine.generate(prompts, max_new_tokens=24)]
+    steps = sum(width == 1 for _, width in sizes)
+    order = sorted(range(len(prompts)), key=lambda i: engine.count_tokens([prompts[i]])[0])
+    apart = sum(max(lengths[i] for i in order[start : start + 4]) - 1 for start in range(0, len(order), 4))
+    assert max(rows for rows, _ in sizes) == 4
+    assert steps < apart, "otherwise every batch waited for its longest reply"
+
+
+def test_a_sliding_window_is_obeyed_while_slots_change_hands(tokenizer, tmp_path):
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(7)
+    shape = {"hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = MistralConfig(
+        vocab_size=773, num_key_value_heads=2, initializer_range=0.15, sliding_window=6, eos_token_id=2, **shape
+    )
+    model = MistralForCausalLM(config).eval()
+    with torch.no_grad():
+        model.lm_head.weight[tokenizer.eos_token_id] *= 3
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    got = open_engine("local", tmp_path, batch_size=3).generate(PROMPTS, max_new_tokens=20)
+    for messages, generation in zip(PROMPTS, got, strict=True):
+        expected = plain_greedy(model, tokenizer, messages, 20)
+        assert generation.tokens == len(expected)
+        assert generation.text == tokenizer.decode(expected, skip_special_tokens=True).strip()
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -133,7 +177,7 @@ def test_the_models_own_generation_config_does_not_change_greedy(engine, model_f
 def test_scores_are_the_librarys(engine, model, tokenizer):
     choices = ["yes", "no"]
     expected = slmfast.choose(model, tokenizer, PROMPTS, choices, progress=False)
-    np.testing.assert_allclose(engine.choose(PROMPTS, choices), expected, rtol=1e-6)
+    np.testing.assert_allclose(engine.choose(PROMPTS, [choices] * len(PROMPTS)), expected, rtol=1e-6)
     table = engine.perplexity(PROMPTS[:2], [["yes", ""], ["no"]])
     expected = slmfast.perplexity(model, tokenizer, PROMPTS[:2], [["yes", ""], ["no"]], progress=False)
     assert table.schema == expected.schema
@@ -155,13 +199,13 @@ def test_count_tokens_and_the_window(engine, model):
 
 def test_the_callers_threads_come_back(engine):
     before = torch.get_num_threads()
-    engine.choose(PROMPTS[:1], ["yes", "no"])
+    engine.choose(PROMPTS[:1], [["yes", "no"]])
     assert torch.get_num_threads() == before
 
 
 def test_nothing_in_nothing_out(engine):
     assert engine.generate([], max_new_tokens=4) == []
-    assert engine.count_tokens([]) == []
+    assert engine.count_tokens([]) == engine.choose([], []) == []
     assert isinstance(engine.generate(["fox"], max_new_tokens=1)[0], Generation)
 
 
