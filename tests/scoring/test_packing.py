@@ -5,8 +5,9 @@ import random
 import numpy as np
 import pytest
 
+from slmfast.scoring import best_fit
 from slmfast.scoring.attention import Layout
-from slmfast.scoring.best_fit import best_fit_decreasing
+from slmfast.scoring.best_fit import FEW, best_fit_decreasing
 from slmfast.scoring.packing import Group, make_packs, make_rows
 from slmfast.scoring.prefix_tree import LEAST_SHARED, prefix_tree
 
@@ -126,6 +127,16 @@ def slow_best_fit(sizes, capacity):
         rooms[chosen] -= sizes[item]
         bins[item] = chosen
     return rooms
+
+
+def test_compiled_or_not_the_bins_are_the_same():
+    rng = np.random.default_rng(0)
+    for capacity in (1, 64, 4096):
+        sizes = rng.integers(0, capacity + 2, FEW + 1)
+        order = np.argsort(-sizes, kind="stable")
+        interpreted = np.empty(len(sizes), np.int64)
+        interpreted[order] = best_fit._pack(sizes[order], capacity)
+        np.testing.assert_array_equal(best_fit_decreasing(sizes, capacity), interpreted)
 
 
 @pytest.mark.parametrize("seed", range(30))
