@@ -20,7 +20,7 @@ def long_case(context: Context) -> Iterator[Result]:
 def short_case(context: Context) -> Iterator[Result]:
     """Three replies to prompts of about 35 tokens."""
     texts = context.texts.draw(2 * context.sizes.prompts, 3, SHORT)
-    rows = beside(context, "short", texts, OURS, [HARNESS, PLAIN])
+    rows = beside(context, "short", texts, OURS, [HARNESS])
     yield from rows
     yield from _utilisation(context, "short", texts, rows)
 

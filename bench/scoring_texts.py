@@ -63,9 +63,9 @@ class TextSet:
         return TextSet(self.source, self.lengths, prompts, replies, pairs)
 
     def shortest(self) -> "TextSet":
-        """The prompt of the fewest tokens, replies counted."""
-        i = min(range(len(self.pairs)), key=lambda i: sum(map(len, self.pairs[i])))
-        return TextSet(self.source, self.lengths, [self.prompts[i]], [self.replies[i]], [self.pairs[i]])
+        """The prompt of the fewest tokens, with its first reply alone."""
+        i = min(range(len(self.pairs)), key=lambda i: len(self.pairs[i][0]))
+        return TextSet(self.source, self.lengths, [self.prompts[i]], [self.replies[i][:1]], [self.pairs[i][:1]])
 
     def described(self) -> str:
         """How many there are and how long: means, in tokens."""
