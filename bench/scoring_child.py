@@ -15,7 +15,7 @@ import torch
 from scoring_heads import HEADS, head_inputs
 from scoring_methods import METHODS, Subject
 from scoring_model import model_config, random_model
-from scoring_texts import Drawer
+from scoring_texts import TextSet
 from transient import Measured, transient
 
 from slmfast.scoring.loading import load_tokenizer
@@ -26,7 +26,7 @@ def score(request: dict[str, Any], device: torch.device, dtype: torch.dtype) -> 
     model = random_model(model_config(request["model_config"]), dtype, device, request["seed"])
     subject = Subject(model, load_tokenizer(request["tokenizer"]))
     method = METHODS[request["method"]]
-    texts = Drawer(subject.tokenizer, request["seed"]).draw(request["prompts"], 3, tuple(request["lengths"]))
+    texts = TextSet.of_document(request["texts"])
     method.run(subject, texts.shortest(), 1)
     return transient(lambda: method.run(subject, texts, request["batch"]), device)
 

@@ -132,13 +132,18 @@ def _fastest(context: Context, method: Method, texts: TextSet) -> int:
     vocabulary = context.config.get_text_config().vocab_size
     room = free_memory(context.device) * FREE / (longest * vocabulary * 4 * method.most_copies)
     count = len(some.flat())
-    able = [batch for batch in context.sizes.batches if batch <= max(1, min(room, count))] or [1]
+    able = [batch for batch in worth_trying(context.sizes.batches, count) if batch <= room] or [1]
     method.run(context.subject, texts.shortest(), 1)
     tried = {}
     for batch in able:
         tried[batch], _ = timing.stopwatch(lambda batch=batch: method.run(context.subject, some, batch))
         context.say(f"{method.title}: {batch} a batch, {tried[batch]:.2f} s for {some.described()}")
     return min(tried, key=tried.__getitem__)
+
+
+def worth_trying(batches: Sequence[int], count: int) -> list[int]:
+    """The batch sizes, ascending, up to the first that takes all of so many sequences at once."""
+    return [batch for i, batch in enumerate(batches) if i == 0 or batches[i - 1] < count]
 
 
 def free_memory(device: torch.device) -> int:

@@ -8,7 +8,9 @@ the peer's must be rounding and not another answer.
 import numpy as np
 
 RELATIVE, ABSOLUTE = 1e-4, 1e-3  # of a sum of log-probabilities in nats, in fp32
-MORE = 1.25  # our error beside the peer's in low precision, root mean square: a dozen replies tell it to about a fifth
+# What our error may exceed the peer's by in low precision, as a share of it and divided by the root of the number of
+# replies: three standard errors of the ratio of two root mean squares.
+MORE = 3.0
 LITTLE = 1e-3  # nats a scored token, added to that
 # bf16 has 8 bits, so a logit of about 10 is rounded by up to 0.03 nats; rounding adds up with the root of the number
 # of tokens. Eight times that is still less than one token left out costs, the logarithm of the vocabulary.
@@ -28,7 +30,8 @@ def same_answer(ours: np.ndarray, theirs: np.ndarray, tokens: np.ndarray, truth:
         return bool((np.abs(ours - theirs) <= np.maximum(ABSOLUTE, RELATIVE * np.abs(theirs))).all())
     our_error, their_error = np.abs(ours - truth), np.abs(theirs - truth)
     little = LITTLE * float(np.sqrt((tokens**2).mean()))
-    within = _root_mean_square(our_error) <= MORE * _root_mean_square(their_error) + little
+    more = 1 + MORE / np.sqrt(len(tokens))
+    within = _root_mean_square(our_error) <= more * _root_mean_square(their_error) + little
     return bool(within and (np.maximum(our_error, their_error) <= ROUNDING * np.sqrt(tokens)).all())
 
 

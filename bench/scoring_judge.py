@@ -13,7 +13,7 @@ import timing
 import torch
 import transformers
 from result_table import Result
-from scoring_context import Context, relay
+from scoring_context import Context, relay, worth_trying
 from scoring_gate import same_answer
 from scoring_methods import PLAIN
 from scoring_texts import SHORT, Pair, TextSet, closing_token, token_ids
@@ -92,11 +92,11 @@ def decode(context: Context, questions: Sequence[list[int]], limit: int, batch: 
 
 def _best_batch(context: Context, questions: Sequence[list[int]]) -> int:
     some = questions[: max(context.sizes.batches)]
+    decode(context, some[:1], AT_ONCE, 1)  # a first call pays for what is set up once
     tried = {}
-    for batch in context.sizes.batches:
-        if batch <= len(some) or not tried:
-            tried[batch], _ = timing.stopwatch(lambda batch=batch: decode(context, some, NEW_TOKENS, batch))
-            context.say(f"generate: {batch} a batch, {tried[batch]:.2f} s for {len(some)} questions")
+    for batch in worth_trying(context.sizes.batches, len(some)):
+        tried[batch], _ = timing.stopwatch(lambda batch=batch: decode(context, some, NEW_TOKENS, batch))
+        context.say(f"generate: {batch} a batch, {tried[batch]:.2f} s for {len(some)} questions")
     return min(tried, key=tried.__getitem__)
 
 

@@ -3,6 +3,7 @@
 import json
 import tempfile
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -82,15 +83,14 @@ def head_case(context: Context) -> Iterator[Result]:
 
 def memory_case(context: Context) -> Iterator[Result]:
     """Each method's transient memory beside its time, over a few long prompts with three replies each."""
-    prompts = context.sizes.trial
-    texts = context.texts.draw(prompts, 3, LONG)
+    texts = context.texts.draw(context.sizes.prompts, 3, LONG).sample(context.sizes.trial)
     tokens = np.array([len(pair.continuation) for pair in texts.flat()])
     what = f"memory, {texts.source}, {texts.described()}"
     truth = context.truth(texts)
 
     def ask(name: str, batch: int) -> tuple[float, float, np.ndarray | None]:
         context.say(f"{what}: {METHODS[name].title}")
-        request = {"task": "score", "method": name, "batch": batch, "prompts": prompts, "lengths": LONG}
+        request = {"task": "score", "method": name, "batch": batch, "texts": asdict(texts)}
         return _ask(context, **request, model_config=context.model_config, tokenizer=context.tokenizer_folder)
 
     seconds, memory, ours = ask("ours", 1)

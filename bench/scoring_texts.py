@@ -51,6 +51,14 @@ class TextSet:
     replies: list[list[str]]
     pairs: list[list[Pair]]
 
+    @classmethod
+    def of_document(cls, document: dict[str, Any]) -> "TextSet":
+        """From what `dataclasses.asdict` made of a set, after JSON."""
+        pairs = [
+            [Pair(tuple(p["context"]), tuple(p["continuation"])) for p in several] for several in document["pairs"]
+        ]
+        return cls(document["source"], tuple(document["lengths"]), document["prompts"], document["replies"], pairs)
+
     def flat(self) -> list[Pair]:
         """All pairs in the order of `slmfast.perplexity`'s rows."""
         return [pair for several in self.pairs for pair in several]
@@ -72,7 +80,8 @@ class TextSet:
         flat = self.flat()
         prompt = sum(len(several[0].context) for several in self.pairs) / len(self.pairs)
         reply = sum(len(pair.continuation) for pair in flat) / len(flat)
-        return f"{len(self.pairs)} prompts of {prompt:.0f} tokens, {len(self.pairs[0])} replies each of {reply:.0f}"
+        prompts = f"{len(self.pairs)} prompt{'s' * (len(self.pairs) > 1)} of {prompt:.0f} tokens"
+        return f"{prompts}, {len(self.pairs[0])} replies each of {reply:.0f}"
 
 
 def exchanges(seed: int) -> tuple[str, list[Exchange]]:

@@ -1,5 +1,6 @@
 """The memory that a call takes beyond what was held before: the process's peak on a CPU, the allocator's on CUDA."""
 
+import ctypes
 import gc
 import time
 from collections.abc import Callable
@@ -20,7 +21,7 @@ class Measured:
 
 
 def transient(call: Callable[[], Any], device: torch.device) -> Measured:
-    """Runs a call once. On a CPU the process should have done nothing large before: freed memory may be used again.
+    """Runs a call once, and compares the peak with what was held when it began.
 
     Raises:
         OSError: on a CPU, where the system does not tell a process its peak (it is measured on Linux only).
@@ -31,6 +32,7 @@ def transient(call: Callable[[], Any], device: torch.device) -> Measured:
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
     else:
+        _give_back_freed()
         before = peak_resident(reset=True)
     start = time.perf_counter()
     value = call()
@@ -39,3 +41,10 @@ def transient(call: Callable[[], Any], device: torch.device) -> Measured:
     seconds = time.perf_counter() - start
     after = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_resident()
     return Measured(value, seconds, after - before)
+
+
+def _give_back_freed() -> None:
+    """Has the C library return freed memory to the system, or a call would use it again without being seen to."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:  # glibc has it, other C libraries have not
+        trim(0)

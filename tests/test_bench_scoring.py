@@ -183,6 +183,29 @@ def test_a_case_that_fails_lets_the_others_run(bench, capsys, monkeypatch, tmp_p
     assert "no figure: long: MemoryError: too many logits" in before and json.loads(out.read_text()) == document
 
 
+def test_transient_memory_is_what_a_call_takes_at_its_peak(bench):
+    transient = importlib.import_module("transient").transient
+    megabyte, kept = 1 << 20, torch.ones(1 << 25)  # 128 MiB that were there before
+
+    def call():
+        first = torch.ones(10 << 18)  # 10 MiB, which an earlier call may have left in the C library's hands
+        del first
+        return float((kept[: 50 << 18] * 2).sum())  # 50 MiB
+
+    call()
+    measured = transient(call, torch.device("cpu"))
+    assert measured.value == 2 * (50 << 18) and measured.seconds > 0
+    assert 49 * megabyte <= measured.bytes <= 70 * megabyte
+    small = transient(lambda: torch.ones(10 << 18).sum(), torch.device("cpu"))
+    assert 9 * megabyte <= small.bytes <= 20 * megabyte
+
+
+def test_a_peer_is_tried_with_all_sequences_at_once_too(bench):
+    worth_trying = sys.modules["scoring_context"].worth_trying
+    assert worth_trying((1, 4, 8, 16), 6) == [1, 4, 8]
+    assert worth_trying((1, 4), 3) == [1, 4] and worth_trying((8, 16), 3) == [8] and worth_trying((1, 4), 90) == [1, 4]
+
+
 def test_the_gate_in_fp32(bench):
     same = sys.modules["scoring_gate"].same_answer
     sums, tokens = np.array([-1000.0, -0.5, -80.0]), np.array([70, 1, 9])
@@ -200,6 +223,10 @@ def test_the_gate_in_low_precision(bench):
     rounded = truth + np.array([0.4, -0.3])
     assert same(truth + 0.2, rounded, tokens, truth)
     assert same(rounded, truth, tokens, truth) is False  # ours errs more than the peer does
+    many, noise = np.repeat(truth, 500), np.random.default_rng(0).normal(size=1000)
+    common = np.repeat(tokens, 500)
+    assert same(many + 0.3 * noise, many + 0.3 * noise[::-1], common, many)
+    assert not same(many + 0.6 * noise, many + 0.3 * noise[::-1], common, many)  # twice the error, over many replies
     assert not same(truth, truth + np.array([0.0, 12.0]), tokens, truth)  # a token of the peer's is missing
     assert not same(truth + np.array([0.0, 12.0]), truth + np.array([0.0, 12.0]), tokens, truth)
 
