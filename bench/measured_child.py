@@ -6,10 +6,10 @@ python measured_child.py fingerprints INPUT OUTPUT THREADS RUNS    prints the se
 
 import json
 import sys
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+from peak_memory import peak_resident
 from timing import best_of, stopwatch
 
 from slmfast.near_duplicates import near_pairs, simhash
@@ -32,23 +32,10 @@ def join(n: int, k: int, threads: int, seed: int) -> dict[str, float]:
         copies = len(part) // NEIGHBOUR
         part[:copies] = part[copies : 2 * copies] ^ np.uint64(1 << (begin // CHUNK % 64))
     near_pairs(values[:1000], k, threads=threads)  # loads what is loaded at the first call
-    before = _peak()
+    before = peak_resident(reset=True)
     seconds, (i, _, _) = stopwatch(lambda: near_pairs(values, k, threads=threads))
-    extra = (_peak(reset=False) - before) / n
+    extra = (peak_resident() - before) / n
     return {"n": n, "pairs": len(i), "seconds": seconds, "bytes": extra, "bytes_with_input": extra + values.itemsize}
-
-
-def _peak(*, reset: bool = True) -> int:
-    """VmHWM of this process in bytes, after setting it back to what is resident now where the system allows that."""
-    if reset:
-        try:
-            Path("/proc/self/clear_refs").write_text("5")
-        except PermissionError:
-            print("the peak can't be set back: memory that was held before is not counted again", file=sys.stderr)
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    raise OSError("/proc/self/status has no VmHWM: peak memory is measured on Linux only")
 
 
 def fingerprints(source: str, output: str, threads: int, runs: int) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Runs bench/measured_child.py: our own work that needs a process of its own."""
+"""Runs bench/measured_child.py or another script: work that needs a process of its own."""
 
 import json
 import os
@@ -15,14 +15,18 @@ class ChildFailed(Exception):
     """Our own process gave no figure (it may have been killed for its memory); the message says why, in one line."""
 
 
-def measured(*arguments: object, environment: Mapping[str, str] | None = None) -> dict[str, Any]:
+def measured(
+    *arguments: object, environment: Mapping[str, str] | None = None, script: Path | None = None
+) -> dict[str, Any]:
     """The line of JSON that the child printed for these arguments, with `environment` added to ours.
+
+    `script` is another one than bench/measured_child.py; the JSON is the last line that it prints.
 
     Raises:
         ChildFailed: it ended with another code than 0, with the last line that it said.
     """
     done = subprocess.run(
-        [sys.executable, str(CHILD), *map(str, arguments)],
+        [sys.executable, str(script or CHILD), *map(str, arguments)],
         env=os.environ | dict(environment or {}),
         capture_output=True,
         text=True,
@@ -32,4 +36,4 @@ def measured(*arguments: object, environment: Mapping[str, str] | None = None) -
         said = done.stderr.strip().splitlines()
         raise ChildFailed(f"our process ended with code {done.returncode}: {said[-1] if said else 'it said nothing'}")
     sys.stderr.write(done.stderr)
-    return json.loads(done.stdout)
+    return json.loads(done.stdout.splitlines()[-1])

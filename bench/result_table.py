@@ -51,7 +51,8 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
 
 
 def table(results: Iterable[Result]) -> str:
-    """One group of results as aligned text."""
+    """One group of results as aligned text; the predictions' column only where there are some."""
+    results = list(results)
     rows = [("case", "peer", "version", "ours", "predicted if uniform", "theirs", "ratio", "same answer")]
     for r in results:
         predicted = _quantity(r.predicted, r.unit)
@@ -59,6 +60,8 @@ def table(results: Iterable[Result]) -> str:
         same = {True: "yes", False: "NO: no ratio", None: ""}[r.same_answer]
         theirs = _quantity(r.theirs, r.unit)
         rows.append((r.case, r.peer or "", r.version or "", _quantity(r.ours, r.unit), predicted, theirs, ratio, same))
+    if all(r.predicted is None for r in results):
+        rows = [(*row[:4], *row[5:]) for row in rows]
     return aligned(rows)
 
 
@@ -80,10 +83,10 @@ def device(threads: int) -> str:
     return f"{model}, {threads} threads, {_native.active_isa()}"
 
 
-def document(bench: str, threads: int, results: Iterable[Result]) -> str:
-    """The JSON object of the last line."""
+def document(bench: str, threads: int, results: Iterable[Result], on: str | None = None) -> str:
+    """The JSON object of the last line; `on` names the device where it is not the processor."""
     rows = [result.document() for result in results]
-    return json.dumps({"bench": bench, "device": device(threads), "commit": commit(), "results": rows})
+    return json.dumps({"bench": bench, "device": on or device(threads), "commit": commit(), "results": rows})
 
 
 def write_document(path: Path, text: str) -> None:
