@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import eager_logprob
 from .fastest import bucket, fastest
-from .launch import MIB, TILED_BYTES, fused_tiles
+from .launch import MIB, TILED_BYTES
 from .reference import check_shapes
 
 REPEATS = 3
@@ -67,7 +67,7 @@ def _fastest_on_cuda(hidden: Tensor, weight: Tensor, targets: Tensor, entropy: b
         return functools.partial(path, hidden, weight, targets, entropy=entropy, **size)
 
     candidates: dict[str, Callable[[], Found]] = {}
-    for tiles in fused_tiles(torch.cuda.get_device_capability(hidden.device), hidden.element_size()):
+    for tiles in fused.choices(hidden, weight):
         candidates[f"fused {tiles.name}"] = partial(fused.linear_logprob, tiles=tiles)
     for size in TILED_BYTES:
         name = f"cuBLAS {size // MIB} MiB"

@@ -62,22 +62,36 @@ class FusedTiles:
         return {"num_warps": self.warps, "num_stages": self.stages}
 
 
-# On sm_86 all of these stay under 99 KB of shared memory and spill no register. fp32 without TF32 leaves the tensor
-# cores idle, and a larger tile of it would spill.
+# On sm_86 all of these stay under 99 KB of shared memory and spill no register in the loops that use them: the gate
+# says so. fp32 without TF32 leaves the tensor cores idle, and a larger tile of it would spill.
 _HALF = (
     FusedTiles(block_n=128, block_v=128, block_h=32, warps=8, stages=3),
     FusedTiles(block_n=128, block_v=128, block_h=64, warps=8, stages=3),
 )
+# Hopper's blocks may use 227 KB of shared memory.
 _HALF_HOPPER = (FusedTiles(block_n=128, block_v=256, block_h=64, warps=8, stages=3),)
 _FULL = (FusedTiles(block_n=64, block_v=64, block_h=32, warps=4, stages=2),)
+# Rows that don't start at multiples of 16 elements are loaded one by one, which costs an address in a register each.
+_UNALIGNED = {
+    2: (FusedTiles(block_n=64, block_v=128, block_h=32, warps=8, stages=2),),
+    4: (FusedTiles(block_n=64, block_v=32, block_h=32, warps=4, stages=2),),
+}
 
 
-def fused_tiles(capability: tuple[int, int], element_size: int) -> tuple[FusedTiles, ...]:
-    """The configurations of the fused LM head worth trying on a device, for elements of 2 or 4 bytes."""
+def fused_tiles(capability: tuple[int, int], element_size: int, divisor: int) -> tuple[FusedTiles, ...]:
+    """The configurations of the fused LM head worth trying on a device.
+
+    Args:
+        capability: the device's compute capability; one that is not known gets what suits sm_86.
+        element_size: 2 or 4 bytes.
+        divisor: what divides H and the strides of hidden and weight; H itself where rows follow one another.
+    """
+    if divisor % 16:
+        return _UNALIGNED[element_size]
     if element_size == 4:
         return _FULL
-    # Hopper's blocks may use 227 KB of shared memory; what is not known gets what suits sm_86.
-    return _HALF + _HALF_HOPPER if capability == (9, 0) else _HALF
+    # With a mask along H the larger tiles would spill.
+    return _HALF + tuple(tiles for tiles in _HALF_HOPPER if capability == (9, 0) and divisor % tiles.block_h == 0)
 
 
 @dataclass(frozen=True, kw_only=True)

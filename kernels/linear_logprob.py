@@ -8,6 +8,8 @@ language models"). A stretch leaves three numbers a position, four with the entr
 Shapes: N positions, H hidden width, V vocabulary, S stretches. The oracle is `reference.linear_logprob`.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -97,9 +99,7 @@ def linear_logprob(
         ValueError: shapes, dtypes or devices don't fit.
     """
     check_kernel_inputs(hidden, weight, targets)
-    if tiles is None:
-        capability = torch.cuda.get_device_capability(hidden.device) if hidden.is_cuda else SM86
-        tiles = fused_tiles(capability, hidden.element_size())[0]
+    tiles = tiles or choices(hidden, weight)[0]
     if INTERPRETED:
         # The interpreter multiplies bf16 as if it were integers. In fp32 the products are what tensor cores give.
         hidden, weight = hidden.float(), weight.float()
@@ -113,6 +113,14 @@ def linear_logprob(
     if count:
         _launch(hidden, weight, targets, (maximum, total, weighted, picked), entropy, tiles)
     return _join(maximum, total, weighted if entropy else None, picked)
+
+
+def choices(hidden: Tensor, weight: Tensor) -> tuple[FusedTiles, ...]:
+    """The block sizes worth trying for hidden [N, H] and weight [V, H] on their device."""
+    capability = torch.cuda.get_device_capability(hidden.device) if hidden.is_cuda else SM86
+    # A matrix whose rows are not contiguous is copied first.
+    strides = [x.stride(0) for x in (hidden, weight) if x.stride(1) == 1]
+    return fused_tiles(capability, hidden.element_size(), math.gcd(hidden.shape[1], *strides))
 
 
 def _launch(

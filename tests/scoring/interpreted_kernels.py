@@ -47,12 +47,16 @@ def error(got, expected):
 
 def chosen():
     """The operator as CUDA runs it, when each of Hopper's candidates in turn is the fastest: errors by candidate."""
-    from slmfast.kernels import fastest, head_op
+    from slmfast.kernels import fastest, head_op, linear_logprob
 
     # what only a device could tell
-    torch.cuda.get_device_capability, torch.cuda.get_device_name = lambda _: (9, 0), lambda _: "a device"
+    linear_logprob.SM86, torch.cuda.get_device_name = (9, 0), lambda _: "a device"
     torch.cuda.device = lambda _: contextlib.nullcontext()
-    hidden, weight, targets = torch.randn(3, 33).bfloat16(), torch.randn(300, 33).bfloat16(), torch.tensor([0, 9, 299])
+    hidden, weight, targets = (
+        torch.randn(3, 64).bfloat16(),
+        torch.randn(300, 64).bfloat16() / 8,
+        torch.tensor([0, 9, 299]),
+    )
     expected, found = truth(hidden, weight, targets), {}
     for turn in range(CANDIDATES):
         times = iter([1.0] * turn + [0.0] + [1.0] * CANDIDATES)

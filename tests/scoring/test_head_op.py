@@ -78,8 +78,9 @@ def test_a_tile_keeps_its_size_and_covers_something(size, count, vocabulary):
 
 
 def test_tiles_of_a_device():
-    """Hopper's large tiles are for Hopper alone; what is not known takes those of sm_86."""
-    assert fused_tiles((8, 6), 2) == fused_tiles((12, 0), 2)
-    assert set(fused_tiles((8, 6), 2)) < set(fused_tiles((9, 0), 2))
+    """Hopper's large tiles are for Hopper and even widths alone; what is not known takes those of sm_86."""
+    assert fused_tiles((8, 6), 2, 896) == fused_tiles((12, 0), 2, 896) == fused_tiles((9, 0), 2, 912)
+    assert fused_tiles((8, 6), 2, 900) == fused_tiles((9, 0), 2, 900) != fused_tiles((8, 6), 2, 896)
+    assert set(fused_tiles((8, 6), 2, 896)) < set(fused_tiles((9, 0), 2, 896))
     with pytest.raises(ValueError, match="no multiple of block_v"):
         FusedTiles(block_n=64, block_v=96, block_h=32, warps=4, stages=2)

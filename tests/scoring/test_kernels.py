@@ -158,7 +158,7 @@ def test_triton_equals_float64_in_the_interpreter():
 def test_every_path_equals_the_oracle_on_the_device(dtype, width):
     from slmfast.kernels import linear_logprob as fused
     from slmfast.kernels import tiled_logprob as tiled
-    from slmfast.kernels.launch import TILED_BYTES, fused_tiles
+    from slmfast.kernels.launch import TILED_BYTES
 
     torch.manual_seed(0)
     hidden = torch.randn(300, width, device="cuda", dtype=dtype)
@@ -166,10 +166,7 @@ def test_every_path_equals_the_oracle_on_the_device(dtype, width):
     targets = torch.randint(151_936, (300,), device="cuda")
     given = (hidden, weight, targets)
     expected = reference.linear_logprob(*(x.cpu() for x in given), entropy=True)
-    found = [
-        fused.linear_logprob(*given, entropy=True, tiles=tiles)
-        for tiles in fused_tiles(torch.cuda.get_device_capability(), hidden.element_size())
-    ]
+    found = [fused.linear_logprob(*given, entropy=True, tiles=tiles) for tiles in fused.choices(hidden, weight)]
     found += [tiled.linear_logprob(*given, entropy=True, tile_bytes=size) for size in TILED_BYTES]
     for got in found:
         for mine, true in zip(got, expected, strict=True):
