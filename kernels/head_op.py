@@ -62,6 +62,9 @@ def _eager(hidden: Tensor, weight: Tensor, targets: Tensor, entropy: bool) -> Fo
 def _fastest_on_cuda(hidden: Tensor, weight: Tensor, targets: Tensor, entropy: bool) -> Found:
     from . import linear_logprob as fused
     from . import tiled_logprob as tiled
+    from .online import check_kernel_inputs
+
+    check_kernel_inputs(hidden, weight, targets)
 
     def partial(path: Callable[..., Found], **size: object) -> Callable[[], Found]:
         return functools.partial(path, hidden, weight, targets, entropy=entropy, **size)
