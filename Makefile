@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test sanitize lint bench clean
+.PHONY: install demo test sm86 sanitize lint bench clean
 
 install: $(VENV)/.installed
 
@@ -19,6 +19,10 @@ demo: install
 
 test: install
 	$(BIN)/pytest
+
+# Every Triton kernel compiled for the RTX 3090 and read back from its machine code; needs no GPU. make test runs it too.
+sm86: install
+	$(BIN)/python bench/sm86.py
 
 # The native module under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer: its tests on every
 # instruction set, and FUZZ inputs of every bad kind. About ten minutes; make sanitize FUZZ=100000 is shorter.

@@ -1,14 +1,10 @@
 """The LM head: log-probabilities of targets from hidden states, by the kernel that the machine has."""
 
-import functools
-import importlib.util
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
 from slmfast.errors import UserError
-from slmfast.kernels import reference
+from slmfast.kernels import head_op
 from slmfast.scoring.loading import evaluating
 
 # What some architectures do between the head and the softmax: a score without it would be wrong. These are known by
@@ -45,18 +41,14 @@ def _is_plain(model: nn.Module, weight: Tensor) -> bool:
     return torch.allclose(logits.float(), plain.float(), rtol=slack, atol=slack * largest, equal_nan=True)
 
 
-def linear_logprob(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+@torch.no_grad()
+def linear_logprob(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, entropy: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
     """The natural log-probability of each target, fp32 [N], from hidden [N, H] and weight [V, H].
 
-    Triton on CUDA if it is installed, tiled eager fp32 elsewhere; neither holds [N, V] logits.
+    With `entropy` also the entropy of the whole distribution at each position, in nats, fp32 [N]. The kernel is the
+    one that suits the machine; none holds [N, V] logits.
     """
-    return _kernel(hidden.is_cuda)(hidden, weight, targets)
-
-
-@functools.cache
-def _kernel(cuda: bool) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    if cuda and importlib.util.find_spec("triton") is not None:
-        from slmfast.kernels.linear_logprob import linear_logprob as fused
-
-        return fused
-    return reference.linear_logprob
+    logprob, spread = head_op.linear_logprob(hidden, weight, targets, entropy)
+    return (logprob, spread) if entropy else logprob

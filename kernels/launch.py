@@ -1,0 +1,141 @@
+"""How the kernels are launched on each device: block sizes, and the limits of an RTX 3090 (sm_86).
+
+The launchers and the gate that compiles for sm_86 without a GPU (bench/sm86.py) read the same numbers here. Where more
+than one configuration is named, the fastest is found by measurement on the device and remembered (see fastest.py).
+
+Shapes: N positions, H hidden width, V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+MIB = 1 << 20
+SM86 = (8, 6)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What one block of threads may use."""
+
+    shared: int  # bytes of shared memory
+    registers: int  # 32-bit registers of a thread
+
+
+# CUDA C++ Programming Guide, "Technical Specifications per Compute Capability": 99 KB and 227 KB a block.
+LIMITS = {86: Limits(shared=99 * 1024, registers=255), 90: Limits(shared=227 * 1024, registers=255)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FusedTiles:
+    """One configuration of the fused LM head."""
+
+    block_n: int  # positions of a program
+    block_v: int  # vocabulary rows of a tile
+    block_h: int  # hidden width of one step of the product
+    warps: int
+    stages: int  # tiles of hidden and weight in flight
+    # Vocabulary rows of one program: 3.6 MB of bf16 weight at H = 896, which stay in a 6 MB L2 while all tiles of
+    # positions (the grid's fast axis) use them.
+    stretch: int = 2048
+
+    def __post_init__(self) -> None:
+        if self.stretch % self.block_v:
+            raise ValueError(f"a stretch of {self.stretch} rows is no multiple of block_v={self.block_v}")
+
+    @property
+    def name(self) -> str:
+        """The configuration in one word, as tables and the memory of choices show it."""
+        return f"{self.block_n}x{self.block_v}x{self.block_h}/w{self.warps}s{self.stages}"
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """The kernel's compile-time arguments."""
+        return {
+            "BLOCK_N": self.block_n,
+            "BLOCK_V": self.block_v,
+            "BLOCK_H": self.block_h,
+            "STRETCH": self.stretch,
+        }
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Triton's launch options."""
+        return {"num_warps": self.warps, "num_stages": self.stages}
+
+
+# On sm_86 all of these stay under 99 KB of shared memory and spill no register in the loops that use them: the gate
+# says so. fp32 without TF32 leaves the tensor cores idle, and a larger tile of it would spill.
+_HALF = (
+    FusedTiles(block_n=128, block_v=128, block_h=32, warps=8, stages=3),
+    FusedTiles(block_n=128, block_v=128, block_h=64, warps=8, stages=3),
+)
+# Hopper's blocks may use 227 KB of shared memory.
+_HALF_HOPPER = (FusedTiles(block_n=128, block_v=256, block_h=64, warps=8, stages=3),)
+_FULL = (FusedTiles(block_n=64, block_v=64, block_h=32, warps=4, stages=2),)
+# Rows that don't start at multiples of 16 elements are loaded one by one, which costs an address in a register each.
+_UNALIGNED = {
+    2: (FusedTiles(block_n=64, block_v=128, block_h=32, warps=8, stages=2),),
+    4: (FusedTiles(block_n=64, block_v=32, block_h=32, warps=4, stages=2),),
+}
+
+
+def fused_tiles(capability: tuple[int, int], element_size: int, divisor: int) -> tuple[FusedTiles, ...]:
+    """The configurations of the fused LM head worth trying on a device.
+
+    Args:
+        capability: the device's compute capability; one that is not known gets what suits sm_86.
+        element_size: 2 or 4 bytes.
+        divisor: what divides H and the strides of hidden and weight; H itself where rows follow one another.
+    """
+    if divisor % 16:
+        return _UNALIGNED[element_size]
+    if element_size == 4:
+        return _FULL
+    # With a mask along H the larger tiles would spill.
+    return _HALF + tuple(tiles for tiles in _HALF_HOPPER if capability == (9, 0) and divisor % tiles.block_h == 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoldTiles:
+    """The configuration of the kernel that folds a tile of logits into its log-sum-exp."""
+
+    block_n: int = 4  # positions of a program: one a warp
+    block_v: int = 512  # logits of a position read at once
+    warps: int = 4
+
+    @property
+    def name(self) -> str:
+        """The configuration in one word."""
+        return f"{self.block_n}x{self.block_v}/w{self.warps}"
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """The kernel's compile-time arguments."""
+        return {"BLOCK_N": self.block_n, "BLOCK_V": self.block_v}
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Triton's launch options."""
+        return {"num_warps": self.warps}
+
+
+FOLD = FoldTiles()
+# fp32 logits that the cuBLAS path holds at once: one size that the L2 of a 3090 keeps, and one that keeps a larger
+# device busy. 24 MiB are under a tenth of the 4096 x 32768 bf16 logits of TRL's chunked head.
+TILED_BYTES = (4 * MIB, 24 * MIB)
+TILED_POSITIONS = 4096
+
+
+def tiled_shape(count: int, vocabulary: int, tile_bytes: int) -> tuple[int, int]:
+    """Positions and vocabulary rows of one tile of fp32 logits of at most `tile_bytes`, for N and V."""
+    rows = max(1, min(count, TILED_POSITIONS))
+    # A multiple of 128 keeps cuBLAS on its fast kernels. A few positions don't need the whole vocabulary at once.
+    columns = max(128, min(tile_bytes // (4 * rows), 16384) // 128 * 128)
+    return rows, min(columns, vocabulary)
+
+
+def transient_bytes(count: int, vocabulary: int) -> int:
+    """The most that any CUDA path holds beside its inputs and results, in bytes; for plans of memory."""
+    rows, columns = tiled_shape(count, vocabulary, max(TILED_BYTES))
+    state = 4 * 4 * count  # four fp32 numbers a position
+    stretches = -(-vocabulary // FusedTiles.stretch)
+    return max(4 * rows * columns + state, stretches * 3 * 4 * count + state)
