@@ -15,6 +15,7 @@ import functools
 import torch
 from torch import Tensor
 
+from .cpu_products import linear, serves
 from .reference import check_shapes, check_targets
 
 POSITIONS = 1024  # rows of one tile of logits
@@ -82,7 +83,11 @@ class _Positions:
         here = ((column >= 0) & (column < len(rows))).nonzero()[:, 0]
         column = column[here]
         if rounded is None:
-            torch.mm(self.wide, rows.float().T, out=tile)
+            rows = rows.float()
+            if serves(self.wide, rows):
+                tile = linear(self.wide, rows)
+            else:
+                torch.mm(self.wide, rows.T, out=tile)
         else:
             self._product_in_bf16(rows, rounded[: tile.numel()].view(shape), tile)
             tile[here, column] = _exact(self.wide[here], rows[column])

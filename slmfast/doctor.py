@@ -53,7 +53,7 @@ def _native() -> str:
 
 def _kernels(cuda: bool) -> str:
     if not cuda:
-        return "eager fp32 twins on the CPU: Triton kernels need a CUDA device"
+        return "tiled torch kernels on the CPU: Triton kernels need a CUDA device"
     if importlib.util.find_spec("triton") is None:
-        return "eager fp32 twins: the package triton is missing"
+        return "tiled torch kernels: the package triton is missing"
     return "Triton"

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from slmfast.errors import UserError
 from slmfast.scoring.attention import LAYER_TYPES, Layout, packing
+from slmfast.scoring.cpu_layers import faster_layers
 from slmfast.scoring.loading import evaluating
 from slmfast.scoring.packing import Group, Pack, make_packs, make_rows
 
@@ -94,7 +95,7 @@ def _packs_agree(model: nn.Module, vocabulary: int) -> bool:
     with evaluating(model):
         expected = _in_order(apart, apart.hidden(model))
         try:
-            with packing(model):
+            with packing(model), faster_layers(model):
                 found = _in_order(together, together.hidden(model))
         except (TypeError, UserError):  # its forward takes no layout, or its attention wants more than a pack gives
             return False

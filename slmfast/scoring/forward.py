@@ -1,7 +1,7 @@
 """The log-probability of every continuation of every group: the one computation under perplexity and choices."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from slmfast.progress import Progress
 from slmfast.scoring.attention import packing
 from slmfast.scoring.batches import Batch, can_pack, make_batches
 from slmfast.scoring.budget import checked_budget
+from slmfast.scoring.cpu_layers import faster_layers
 from slmfast.scoring.head import head_weight, linear_logprob
 from slmfast.scoring.loading import evaluating
 from slmfast.scoring.packing import Group
@@ -52,7 +53,10 @@ def continuation_logprobs(
     def batches(some: Sequence[Group], tokens: int) -> Iterator[Batch]:
         return make_batches(some, tokens, packed=packed, device=weight.device)
 
-    with evaluating(model), packing(model) if packed else nullcontext():
+    with evaluating(model), ExitStack() as ways:
+        if packed:
+            ways.enter_context(packing(model))
+            ways.enter_context(faster_layers(model))
         for (group, member), score in _in_halves(run, batches, groups, budget, on_halved or (lambda tokens: None)):
             scores[group][member] = score
     if shown:

@@ -11,6 +11,7 @@ from slmfast.scoring.loading import evaluating
 # name, for small logits may hide them; a short forward finds the others.
 _LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 _PROBE_TOKENS = 4
+_PROBE_ROWS = 4096  # of the vocabulary, evenly spread: each costs reading a row of the largest matrix once more
 
 
 def head_weight(model: nn.Module) -> Tensor:
@@ -31,14 +32,23 @@ def head_weight(model: nn.Module) -> Tensor:
 def _is_plain(model: nn.Module, weight: Tensor) -> bool:
     """Whether the model's own logits of a few tokens are hidden @ weight.T, but for rounding."""
     ids = torch.arange(_PROBE_TOKENS, device=weight.device)[None] % len(weight)
-    with evaluating(model):
-        logits = model(input_ids=ids, use_cache=False).logits
-        hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
-        plain = nn.functional.linear(hidden, weight)
+    kept: list[Tensor] = []
+    hook = model.get_decoder().register_forward_hook(lambda *call: kept.append(call[-1].last_hidden_state))
+    try:
+        with evaluating(model):
+            logits = model(input_ids=ids, use_cache=False).logits
+    finally:
+        hook.remove()
+    some = slice(None, None, max(1, len(weight) // _PROBE_ROWS))
+    with torch.no_grad():
+        plain = nn.functional.linear(kept[0], weight[some]).float()
+    logits = logits[..., some].float()
     # Some rows of logits may be no numbers: that is for the score itself to find.
-    slack = 1e-4 if logits.dtype == torch.float32 else 2e-2
+    slack = 1e-4 if weight.dtype == torch.float32 else 2e-2
     largest = float(plain.nan_to_num(0.0, 0.0, 0.0).abs().max())
-    return torch.allclose(logits.float(), plain.float(), rtol=slack, atol=slack * largest, equal_nan=True)
+    return logits.shape == plain.shape and torch.allclose(
+        logits, plain, rtol=slack, atol=slack * largest, equal_nan=True
+    )
 
 
 @torch.no_grad()
