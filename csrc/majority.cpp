@@ -158,13 +158,13 @@ public:
     }
 
 private:
-    // In each lane two code points of a window, and below something else the third.
+    // Of one window a lane: its first two code points, and in the lower half the third; what is above that falls out.
     SLMFAST_VOTES_INLINE static __m512i hashes(__m512i pairs, __m512i thirds) {
         constexpr int kChoose = 0xCA;  // the first's bits say whether the second's or the third's is taken
         const __m512i packed = _mm512_ternarylogic_epi64(all_lanes((1u << 21) - 1), pairs,  //
                                                          _mm512_srli_epi64(pairs, 32 - 21), kChoose);
         __m512i z = _mm512_or_si512(packed, _mm512_slli_epi64(thirds, 42));
-        z = _mm512_add_epi64(z, all_lanes(0x9e3779b97f4a7c15u));  // from here on as mix
+        z = _mm512_add_epi64(z, all_lanes(0x9e3779b97f4a7c15u));  // from here on: mix of simhash.hpp
         z = _mm512_mullo_epi64(_mm512_xor_si512(z, _mm512_srli_epi64(z, 30)), all_lanes(0xbf58476d1ce4e5b9u));
         z = _mm512_mullo_epi64(_mm512_xor_si512(z, _mm512_srli_epi64(z, 27)), all_lanes(0x94d049bb133111ebu));
         return _mm512_xor_si512(z, _mm512_srli_epi64(z, 31));

@@ -27,11 +27,16 @@ __attribute__((target("avx512f,avx512dq,prefer-vector-width=512"))) void trigram
     const char32_t* c, std::size_t count, std::uint64_t* out) {
     trigram_hashes_of(c, count, out);
 }
+
+__attribute__((target("avx2"))) void trigram_hashes_avx2(const char32_t* c, std::size_t count, std::uint64_t* out) {
+    trigram_hashes_of(c, count, out);
+}
 #endif
 
 void trigram_hashes(const char32_t* c, std::size_t count, Isa isa, std::uint64_t* out) {
 #if defined(__x86_64__)
     if (isa == Isa::avx512) return trigram_hashes_avx512(c, count, out);
+    if (isa == Isa::avx2) return trigram_hashes_avx2(c, count, out);
 #endif
     (void)isa;
     trigram_hashes_of(c, count, out);
