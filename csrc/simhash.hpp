@@ -58,13 +58,15 @@ enum class RowState : std::uint8_t {
 
 enum class Decoded { ok, foreign, invalid };
 
+constexpr std::size_t kReadBeyond = 32;  // code points behind a text that may be read, though nothing comes of them
+
 // A text's code points in memory that is used again for the next text, and not cleared between.
 class CodePoints {
 public:
-    // Room for `capacity` code points, whose number set_size then tells.
+    // Room for `capacity` code points, whose number set_size then tells, and for kReadBeyond more.
     char32_t* room(std::size_t capacity) {
         if (capacity > capacity_) {
-            data_.reset(new char32_t[capacity]);
+            data_.reset(new char32_t[capacity + kReadBeyond]);
             capacity_ = capacity;
         }
         size_ = 0;
@@ -104,12 +106,6 @@ Decoded decode(std::string_view text, CodePoints& out, Isa isa = Isa::scalar);
 
 // Hashes of all grams in order of occurrence (steps 2 and 3).
 void gram_hashes(const CodePoints& text, int ngram, Isa isa, std::vector<std::uint64_t>& out);
-
-// The majority of votes (step 4). votes > 0.
-std::uint64_t majority(const std::uint64_t* votes, std::size_t count, Isa isa);
-
-// Whether there are fewer than kEnoughFeatures distinct values.
-bool few_distinct(const std::uint64_t* values, std::size_t count);
 
 // Fingerprints and states of all rows. `normalised` says that the texts have been through step 1.
 // Foreign rows get fingerprint 0. Throws BadText naming the first row that is not UTF-8.

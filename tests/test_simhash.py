@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 
 from slmfast import _native, simhash
-from slmfast.arrow_texts import normalise
+from slmfast.arrow_texts import native_texts, normalise, text_column
 
 MASK = 2**64 - 1
 ALPHABETS = [
@@ -82,6 +82,56 @@ def test_long_texts_do_not_overflow_the_byte_counters(isa, monkeypatch):
     monkeypatch.setenv("SLMFAST_ISA", isa)
     texts = ["a" * 255 + "b", "ab" * 300, "长文本" * 1000, "x" * 256, "x" * 257]
     assert simhash(texts).tolist() == [reference_fingerprint(text, 3) for text in texts]
+
+
+def majority_of_every_beginning(hashes: np.ndarray) -> np.ndarray:
+    """uint64[n]: the i-th is the majority (step 4 of the format) of hashes[: i + 1], with counts by numpy's cumsum."""
+    bits = hashes[:, None] >> np.arange(64, dtype=np.uint64) & np.uint64(1)
+    twice = 2 * np.cumsum(bits.astype(np.int64), axis=0)
+    votes = np.arange(1, len(hashes) + 1)[:, None]
+    odd = np.arange(64) % 2 == 1
+    ones = np.where(twice == votes, odd, twice > votes)
+    return np.packbits(ones, axis=1, bitorder="little").view("<u8").ravel()
+
+
+VOTES = 2000
+HIGHEST = "\U0010fffd\U0010fffc\U0002a6df"  # code points of 21 and 18 bits
+MANY_VOTES = {
+    "random": "".join(random.Random(3).choices("abcdefghij 的一是在不了有和", k=VOTES + 2)),
+    "of all planes": "".join(random.Random(4).choices("ab的一" + HIGHEST, k=VOTES + 2)),
+    "all equal": "x" * (VOTES + 2),
+    "tied at every even number": "ab" * (VOTES // 2 + 1),
+    "tied after a lead": "x" * 300 + "y" * (VOTES - 298),
+}
+
+
+@pytest.mark.parametrize("isa", _native.available_isas())
+@pytest.mark.parametrize("ngram", [1, 2, 3])
+@pytest.mark.parametrize("kind", MANY_VOTES)
+def test_the_majority_of_every_number_of_votes(isa, ngram, kind, monkeypatch):
+    monkeypatch.setenv("SLMFAST_ISA", isa)
+    text = MANY_VOTES[kind]
+    points = [ord(character) for character in text]
+    grams = zip(*(points[place:] for place in range(ngram)), strict=False)
+    packed = (sum(c << 21 * place for place, c in enumerate(gram)) for gram in grams)
+    hashes = np.array([reference_mix(word) for word in packed], np.uint64)
+    found = simhash([text[:length] for length in range(ngram, len(text) + 1)], ngram=ngram)
+    assert np.array_equal(found, majority_of_every_beginning(hashes))
+
+
+@pytest.mark.parametrize("isa", _native.available_isas())
+@pytest.mark.parametrize("ngram", [1, 3, 5])
+def test_a_text_of_under_four_distinct_grams_is_known_as_such(isa, ngram, monkeypatch):
+    monkeypatch.setenv("SLMFAST_ISA", isa)
+    rng = random.Random(ngram)
+    texts = ["a" * 20 + "bcdefg"[:end] for end in range(7)] + ["abc" * 9, "abcd" * 9, "aabb" * 9]
+    texts += ["".join(rng.choices("ab", k=rng.randint(1, 12))) for _ in range(400)]
+    windows = [(text, min(ngram, len(text))) for text in texts]
+    distinct = [len({text[i : i + width] for i in range(len(text) - width + 1)}) for text, width in windows]
+    column = native_texts(text_column(texts))
+    _, states = _native.fingerprints(column, normalised=False, ngram=ngram, threads=1)
+    assert (states == _native.FEW).tolist() == [count < 4 for count in distinct]
+    assert {3, 4} <= set(distinct) or ngram == 1
 
 
 def test_frozen_vectors():
