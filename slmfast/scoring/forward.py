@@ -16,6 +16,7 @@ from slmfast.scoring.cpu_layers import faster_layers
 from slmfast.scoring.head import head_weight, linear_logprob
 from slmfast.scoring.loading import evaluating
 from slmfast.scoring.packing import Group
+from slmfast.scoring.probes import remembered
 
 Owner = tuple[int, int]  # a group, and a continuation's number in it
 
@@ -42,7 +43,7 @@ def continuation_logprobs(
     scores = [np.full(len(group.continuations), np.nan) for group in groups]
     total = sum(len(continuation) for group in groups for continuation in group.continuations)
     shown = Progress(progress, total, "tokens") if progress else None
-    packed = bool(groups) and can_pack(model)
+    packed = bool(groups) and remembered(can_pack, model)
 
     def run(batch: Batch) -> list[float]:
         sums = _sums(model, weight, batch)

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from slmfast.errors import UserError
 from slmfast.kernels import head_op
 from slmfast.scoring.loading import evaluating
+from slmfast.scoring.probes import remembered
 
 # What some architectures do between the head and the softmax: a score without it would be wrong. These are known by
 # name, for small logits may hide them; a short forward finds the others.
@@ -24,13 +25,14 @@ def head_weight(model: nn.Module) -> Tensor:
     for transform in _LOGIT_TRANSFORMS:
         if getattr(config, transform, None) not in (None, 1, 1.0):
             raise UserError(f"{name} transforms its logits ({transform}): take a plain causal language model")
-    if not _is_plain(model, head.weight):
+    if not remembered(_is_plain, model):
         raise UserError(f"{name} does more to its logits than its LM head's matrix: take a plain causal language model")
     return head.weight
 
 
-def _is_plain(model: nn.Module, weight: Tensor) -> bool:
+def _is_plain(model: nn.Module) -> bool:
     """Whether the model's own logits of a few tokens are hidden @ weight.T, but for rounding."""
+    weight = model.get_output_embeddings().weight
     ids = torch.arange(_PROBE_TOKENS, device=weight.device)[None] % len(weight)
     kept: list[Tensor] = []
     hook = model.get_decoder().register_forward_hook(lambda *call: kept.append(call[-1].last_hidden_state))
