@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from slmfast.kernels.cpu_products import linear, serves
+
 REPEATS = 5
 # Edge of the square matrices, and bytes that are copied: large enough to leave the caches.
 EDGE = {"cpu": 2048, "cuda": 8192}
@@ -32,11 +34,15 @@ def _wait(device: torch.device) -> None:
 
 
 def matrix_rate(dtype: torch.dtype, device: torch.device, edge: int | None = None) -> float:
-    """Floating-point operations a second of the product of two square matrices."""
+    """Floating-point operations a second of the product of two square matrices, by the faster of torch's libraries."""
     n = edge or EDGE[device.type]
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     out = torch.empty(n, n, device=device, dtype=dtype)
-    return 2 * n**3 / seconds(lambda: torch.mm(a, b, out=out), device)
+    ways = [lambda: torch.mm(a, b, out=out)]
+    with torch.no_grad():
+        if serves(a, b):
+            ways.append(lambda: linear(a, b))
+        return 2 * n**3 / min(seconds(way, device) for way in ways)
 
 
 def copy_rate(device: torch.device, count: int | None = None) -> float:
@@ -47,7 +53,7 @@ def copy_rate(device: torch.device, count: int | None = None) -> float:
     return 2 * n / seconds(lambda: target.copy_(source), device)
 
 
-def needed_flops(model: nn.Module, groups: Sequence[tuple[int, Sequence[int]]]) -> float:
+def needed_flops(model: nn.Module, groups: Sequence[tuple[int, Sequence[int]]], shared: int = 0) -> float:
     """Floating-point operations of scoring without padding, with each prompt once and the head on replies alone.
 
     Two for each weight of the layers and token, four for each width of attention, layer, query and key that it sees,
@@ -56,12 +62,15 @@ def needed_flops(model: nn.Module, groups: Sequence[tuple[int, Sequence[int]]]) 
     Args:
         groups: of each prompt its tokens, and those of its replies with the closing one. A reply's last token is
             scored but never computed on.
+        shared: tokens that all prompts begin with, which are computed once.
     """
     config = model.config.get_text_config()
     head = model.get_output_embeddings().weight
     skipped = {id(head), id(model.get_input_embeddings().weight)}
     weights = sum(weight.numel() for weight in model.parameters() if weight.ndim == 2 and id(weight) not in skipped)
-    computed = seen = scored = 0
+    computed = shared - shared * len(groups)
+    seen = _triangle(shared) - _triangle(shared) * len(groups)
+    scored = 0
     for prompt, replies in groups:
         computed += prompt + sum(reply - 1 for reply in replies)
         seen += _triangle(prompt) + sum((reply - 1) * prompt + _triangle(reply - 1) for reply in replies)

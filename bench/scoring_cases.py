@@ -1,6 +1,7 @@
 """The cases that run in one process: replies to long and short prompts, padding, and the sharing of prompts."""
 
 from collections.abc import Iterator, Sequence
+from itertools import takewhile
 
 from result_table import Result
 from roofline import needed_flops
@@ -42,12 +43,14 @@ def _utilisation(context: Context, group: str, texts: TextSet, rows: Sequence[Re
     if not rows:
         return
     groups = [(len(several[0].context), [len(pair.continuation) for pair in several]) for several in texts.pairs]
-    needed = needed_flops(context.subject.model, groups)
+    places = zip(*(several[0].context for several in texts.pairs), strict=False)
+    shared = sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, places))
+    needed = needed_flops(context.subject.model, groups, shared)
     achieved = needed / rows[0].ours
     yield Result(
         group=group,
-        case=f"{group}, model FLOP utilisation {100 * achieved / context.rate:.1f} % ({needed / 1e12:.3g} TFLOP: each "
-        "prompt once, the head on replies only)",
+        case=f"{group}, model FLOP utilisation {100 * achieved / context.rate:.1f} % ({needed / 1e12:.3g} TFLOP: what "
+        "prompts share and each prompt once, the head on replies only)",
         peer="a plain matrix product",
         ours=achieved / 1e12,
         theirs=context.rate / 1e12,
