@@ -38,16 +38,17 @@ CHECKOUT = Path(__file__).parent.parent
 
 @dataclass(frozen=True)
 class Sizes:
-    """Rows of each case."""
+    """Rows of each case; of the prompts how many times over."""
 
+    prompts: int
     join: int
     large: tuple[int, ...]
     texts: int
     index: int
 
 
-QUICK = Sizes(join=200_000, large=(5_000_000,), texts=100_000, index=200_000)
-FULL = Sizes(join=5_000_000, large=(100_000_000, 200_000_000), texts=5_000_000, index=50_000_000)
+QUICK = Sizes(prompts=1, join=200_000, large=(5_000_000,), texts=100_000, index=200_000)
+FULL = Sizes(prompts=4, join=5_000_000, large=(100_000_000, 200_000_000), texts=5_000_000, index=50_000_000)
 
 
 def _large(context: Context, sizes: Sizes) -> Iterator[Result]:
@@ -63,7 +64,7 @@ def _quality(context: Context, sizes: Sizes) -> Iterator[Result]:
 
 
 CASES: dict[str, Callable[[Context, Sizes], Iterator[Result]]] = {
-    "fingerprints": lambda context, sizes: fingerprint_cases(context),
+    "fingerprints": lambda context, sizes: fingerprint_cases(context, sizes.prompts),
     "join": lambda context, sizes: join_cases(context, sizes.join),
     "k8": lambda context, sizes: k8_case(context, sizes.join),
     "large": _large,
@@ -104,6 +105,7 @@ def chosen_sizes(options: argparse.Namespace) -> Sizes:
         if value is not None and value < LEAST_ROWS:
             raise UserError(f"--{flag.replace('_', '-')} must be at least {LEAST_ROWS}, not {value}")
     return Sizes(
+        prompts=usual.prompts,
         join=options.n or usual.join,
         large=(options.large_n,) if options.large_n else usual.large,
         texts=options.texts or usual.texts,

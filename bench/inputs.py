@@ -18,10 +18,19 @@ ENDINGS = ("", ".", "?", "。", "？")
 
 
 def uniform(n: int, seed: int) -> np.ndarray:
-    """Distinct random fingerprints, with a near neighbour for one row in ten so that there are pairs to find."""
+    """Distinct random fingerprints, with a near neighbour for one row in a thousand so that there are pairs to find."""
+    return _with_neighbours(n, seed, rows=1000)
+
+
+def one_row_in_ten_near(n: int, seed: int) -> np.ndarray:
+    """As uniform, but with a near neighbour for one row in ten: as many pairs as a corpus full of copies has."""
+    return _with_neighbours(n, seed, rows=10)
+
+
+def _with_neighbours(n: int, seed: int, *, rows: int) -> np.ndarray:
     rng = np.random.default_rng(seed)
     values = rng.integers(0, 2**64, n, dtype=np.uint64)
-    copies = rng.integers(0, n, n // 10)
+    copies = rng.integers(0, n, n // rows)
     values[: len(copies)] = values[copies] ^ (np.uint64(1) << rng.integers(0, 64, len(copies), dtype=np.uint64))
     return _distinct(values, rng)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 from context import Context, available_memory, meet
-from inputs import ADVERSARIAL, Draw, uniform
+from inputs import ADVERSARIAL, Draw, one_row_in_ten_near, uniform
 from measured_child import NEIGHBOUR
 from own_child import ChildFailed, measured
 from peers import FAISS, SIMHASH_PYBIND, Peer, PeerFailed
@@ -62,13 +62,13 @@ def faiss_choices(k: int) -> list[Settings]:
 
 def join_cases(context: Context, n: int) -> Iterator[Result]:
     """Uniform and adversarial fingerprints: ours alone, numpy's brute force on few rows, and the peers."""
-    for draw in (uniform, *ADVERSARIAL):
+    for draw in (uniform, one_row_in_ten_near, *ADVERSARIAL):
         yield _alone(context, draw, n)
         yield from _beside_brute_force(context, draw, n)
     skews = {draw: _skew(context, draw, n) for draw in ADVERSARIAL}
     worst = max(ADVERSARIAL, key=lambda draw: skews[draw].ratio)
-    yield from beside_peers(context, uniform, n)
-    yield from beside_peers(context, worst, n)
+    for draw in (uniform, one_row_in_ten_near, worst):
+        yield from beside_peers(context, draw, n)
     yield from skews.values()
     row = skews[worst]
     yield replace(row, case=f"slowest of {len(ADVERSARIAL)} adversarial families: {row.case}")

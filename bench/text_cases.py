@@ -26,11 +26,15 @@ INDEX_BYTES_A_ROW = 200  # of memory, and of disk, that the index case may need 
 SCALAR_RUNS = 3
 
 
-def fingerprint_cases(context: Context) -> Iterator[Result]:
-    """Real prompts, on one thread and on all, beside our own scalar code and the peers."""
+def fingerprint_cases(context: Context, rounds: int) -> Iterator[Result]:
+    """Real prompts, on one thread and on all, beside our own scalar code and the peers.
+
+    All of them once take milliseconds, in which a thread's start counts: `rounds` takes them so many times over.
+    """
     name, texts = prompts()
     more = belle_prompts()
-    name, texts = f"{name} and BELLE" if more else name, texts + more
+    name, texts = f"{name} and BELLE" if more else name, (texts + more) * rounds
+    name += f", {rounds} times over" if rounds > 1 else ""
     order = np.random.default_rng(context.seed).permutation(len(texts))
     column = pa.chunked_array([pa.array([texts[i] for i in order], pa.string())])
     try:

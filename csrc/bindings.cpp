@@ -178,11 +178,15 @@ py::tuple bind_near_pairs(const Dense<std::uint64_t>& fingerprints, int k, int t
     auto* to_distance = distance.mutable_data();
     {
         const py::gil_scoped_release release;
-        for (std::size_t pair = 0; pair < pairs.size(); ++pair) {
-            to_i[pair] = static_cast<std::int64_t>(pairs[pair] >> 32);
-            to_j[pair] = static_cast<std::int64_t>(pairs[pair] & 0xFFFFFFFFu);
-            to_distance[pair] = static_cast<std::uint8_t>(__builtin_popcountll(from[to_i[pair]] ^ from[to_j[pair]]));
-        }
+        // Each distance waits for two fingerprints from anywhere, so threads pay even here.
+        parallel_for(pairs.size(), used, std::size_t{1} << 14, [&](std::size_t begin, std::size_t end, unsigned) {
+            for (std::size_t pair = begin; pair < end; ++pair) {
+                to_i[pair] = static_cast<std::int64_t>(pairs[pair] >> 32);
+                to_j[pair] = static_cast<std::int64_t>(pairs[pair] & 0xFFFFFFFFu);
+                const std::uint64_t difference = from[to_i[pair]] ^ from[to_j[pair]];
+                to_distance[pair] = static_cast<std::uint8_t>(__builtin_popcountll(difference));
+            }
+        });
     }
     return py::make_tuple(i, j, distance);
 }

@@ -65,7 +65,8 @@ def test_the_last_line_is_the_document(bench, capsys, tmp_path, k):
     assert all(row.keys() == KEYS for row in rows)
     inputs = sys.modules["inputs"]
     joins = [row for row in rows if row["peer"] == "numpy brute force (1 thread)"]
-    draws = [(draw, count) for draw in (inputs.uniform, *inputs.ADVERSARIAL) for count in ("1 thread", "2 threads")]
+    kinds = (inputs.uniform, inputs.one_row_in_ten_near, *inputs.ADVERSARIAL)
+    draws = [(draw, count) for draw in kinds for count in ("1 thread", "2 threads")]
     for row, (draw, threads) in zip(joins, draws, strict=True):
         values = draw(1000, 0)
         name = draw.__name__.replace("_", " ")

@@ -35,12 +35,12 @@ def _is_plain(model: nn.Module) -> bool:
     weight = model.get_output_embeddings().weight
     ids = torch.arange(_PROBE_TOKENS, device=weight.device)[None] % len(weight)
     kept: list[Tensor] = []
-    hook = model.get_decoder().register_forward_hook(lambda *call: kept.append(call[-1].last_hidden_state))
-    try:
-        with evaluating(model):
+    with evaluating(model):
+        hook = model.get_decoder().register_forward_hook(lambda *call: kept.append(call[-1].last_hidden_state))
+        try:
             logits = model(input_ids=ids, use_cache=False).logits
-    finally:
-        hook.remove()
+        finally:
+            hook.remove()
     some = slice(None, None, max(1, len(weight) // _PROBE_ROWS))
     with torch.no_grad():
         plain = nn.functional.linear(kept[0], weight[some]).float()

@@ -1,10 +1,12 @@
 """Models and tokenizers from a path, as scoring and generation need them; a user's mistake is one line."""
 
 import re
+import threading
 from contextlib import contextmanager
 from numbers import Integral
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from safetensors import SafetensorError
@@ -141,17 +143,27 @@ def _positions(config: Any) -> int | None:
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
+_locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+_locks_guard = threading.Lock()
+
+
 @contextmanager
 def evaluating(model: nn.Module):
-    """Evaluation mode and no gradients inside; the module's own mode comes back after."""
-    training = model.training
-    model.eval()
-    try:
-        # no_grad, not inference_mode: a buffer that a module renews inside must still serve in training.
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)
+    """Evaluation mode and no gradients inside; the module's own mode comes back after.
+
+    One thread at a time is inside with a model: its mode, and the ways of attention that scoring sets, are the model's.
+    """
+    with _locks_guard:
+        lock = _locks.setdefault(model, threading.RLock())
+    with lock:
+        training = model.training
+        model.eval()
+        try:
+            # no_grad, not inference_mode: a buffer that a module renews inside must still serve in training.
+            with torch.no_grad():
+                yield
+        finally:
+            model.train(training)
 
 
 @contextmanager

@@ -1,5 +1,7 @@
 """What becomes of a batch that the memory does not hold, and how the tokens of a batch are chosen."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -99,3 +101,14 @@ def test_a_token_is_as_wide_as_its_layer(build_model):
 
 def test_on_a_cpu_the_budget_is_always_the_same(build_model):
     assert budgets.token_budget(build_model("tied")) == budgets.token_budget(build_model("mqa"))
+
+
+def test_threads_may_score_with_one_model(build_model, groups):
+    """Scoring sets the model's way of attention meanwhile: a thread that leaves must not take it from another."""
+    model = build_model()
+    expected = continuation_logprobs(model, groups)
+    with ThreadPoolExecutor(4) as pool:
+        calls = [pool.submit(continuation_logprobs, model, groups, batch_tokens=40) for _ in range(8)]
+    for call in calls:
+        for ours, theirs in zip(call.result(), expected, strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-6)
