@@ -20,12 +20,12 @@ inline bool isa_available(Isa isa) {
 #if defined(__x86_64__)
     switch (isa) {
         case Isa::avx512:  // Ice Lake, Zen 4 and later have all of these
-            return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-                   __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
-                   __builtin_cpu_supports("avx512vpopcntdq") && __builtin_cpu_supports("avx512bitalg") &&
-                   __builtin_cpu_supports("gfni");
-        case Isa::avx2: return __builtin_cpu_supports("avx2");
+            return isa_available(Isa::avx2) && __builtin_cpu_supports("bmi") && __builtin_cpu_supports("avx512f") &&
+                   __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                   __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi") &&
+                   __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vpopcntdq") &&
+                   __builtin_cpu_supports("avx512bitalg") && __builtin_cpu_supports("gfni");
+        case Isa::avx2: return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("popcnt");
         default: return true;
     }
 #else

@@ -6,6 +6,7 @@ runs on emulated older processors in test_packaging.py.
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 from slmfast import _native
 
 PROGRAM = Path(__file__).parent / "near_duplicate_digests.py"
+SOURCES = Path(__file__).parents[1] / "csrc"
 
 
 def told(isa: str) -> dict:
@@ -42,3 +44,19 @@ def test_same_bytes_on_every_instruction_set_and_number_of_threads(isa, scalar):
     found = scalar if isa == "scalar" else told(isa)
     assert found["isa"] == isa
     assert all(found["digests"][threads] == scalar["digests"]["1"] for threads in ("1", "2", "7"))
+
+
+def test_the_cpu_is_asked_for_everything_that_functions_are_compiled_for():
+    """No CPU here lacks only gfni or bitalg, so what the dispatch asks is compared with what the sources say."""
+    dispatch = (SOURCES / "isa.hpp").read_text().partition("bool isa_available(Isa isa)")[2]
+    asked = (re.findall(r'__builtin_cpu_supports\("(\w+)"\)', part) for part in dispatch.split("case Isa::avx2:"))
+    for_avx512, for_avx2 = map(set, asked)
+    targets = [
+        {feature for feature in target.split(",") if not feature.startswith("prefer-")}
+        for path in [*SOURCES.glob("*.hpp"), *SOURCES.glob("*.cpp")]
+        for target in re.findall(r'target\("([^"]+)"\)', path.read_text())
+    ]
+    assert {"avx2"} in targets and any("gfni" in target for target in targets)
+    for target in targets:
+        wide = any(feature.startswith("avx512") for feature in target)
+        assert target <= (for_avx2 | for_avx512 if wide else for_avx2), target
