@@ -99,3 +99,35 @@ def test_a_token_is_as_wide_as_its_layer(build_model):
 
 def test_on_a_cpu_the_budget_is_always_the_same(build_model):
     assert budgets.token_budget(build_model("tied")) == budgets.token_budget(build_model("mqa"))
+
+
+def test_halving_ends_where_there_is_nothing_left_to_halve(model, limited):
+    """Two continuations of one token each take no input: the pack is the prompt's one token."""
+    limited(0, ERRORS[0])
+    with pytest.raises(UserError, match="does not hold a sequence of 1 tokens"):
+        continuation_logprobs(model, [Group([5], [[1], [2]])])
+
+
+def test_cublas_and_the_driver_name_a_shortage_in_their_own_words():
+    for words in (
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "CUDA error: out of memory",
+    ):
+        assert forward.is_out_of_memory(RuntimeError(words))
+
+
+def test_a_rotation_by_the_longest_position_keeps_sequences_apart(plain_logprobs):
+    """Past 16 positions this model turns by other factors: a short sequence beside a long one must not."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    rotation = {"rope_type": "longrope", "rope_theta": 100.0, "short_factor": [1.0] * 4, "long_factor": [9.0] * 4}
+    torch.manual_seed(1)
+    rotation |= {"original_max_position_embeddings": 16}
+    model = LlamaForCausalLM(LlamaConfig(**shape, **heads, rope_parameters=rotation, initializer_range=0.3)).eval()
+    rng = np.random.default_rng(0)
+    groups = [Group(rng.integers(0, 99, n).tolist(), [rng.integers(0, 99, 4).tolist()]) for n in (5, 9, 30)]
+    for group, (got,) in zip(groups, continuation_logprobs(model, groups), strict=True):
+        expected = plain_logprobs(model, group.prefix, group.continuations[0]).sum().item()
+        assert got == pytest.approx(expected, abs=1e-4)
