@@ -6,6 +6,8 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from slmfast.scoring.loading import evaluating
+
 _answers: WeakKeyDictionary[nn.Module, dict[Callable[[nn.Module], bool], tuple[Any, bool]]] = WeakKeyDictionary()
 
 
@@ -15,11 +17,12 @@ def remembered(probe: Callable[[nn.Module], bool], model: nn.Module) -> bool:
     That is its configuration, its mode of attention, the types and devices of its parameters, its hooks, and forwards
     that were put on single modules. Weights may change, as in training: no probe depends on them.
     """
-    state = _computation(model)
-    known = _answers.setdefault(model, {})
-    if probe not in known or known[probe][0] != state:
-        known[probe] = state, probe(model)
-    return known[probe][1]
+    with evaluating(model):  # alone: what another thread changes while it scores is none of the model's own
+        state = _computation(model)
+        known = _answers.setdefault(model, {})
+        if probe not in known or known[probe][0] != state:
+            known[probe] = state, probe(model)
+        return known[probe][1]
 
 
 def _computation(model: nn.Module) -> tuple:

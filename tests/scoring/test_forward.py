@@ -1,5 +1,8 @@
 """What becomes of a batch that the memory does not hold, and how the tokens of a batch are chosen."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -116,6 +119,30 @@ def test_cublas_and_the_driver_name_a_shortage_in_their_own_words():
         assert forward.is_out_of_memory(RuntimeError(words))
 
 
+def test_threads_that_share_a_model_score_one_after_the_other(build_model, groups, monkeypatch):
+    """Together they would take each other's attention away: scores would be wrong without an error."""
+    model = build_model()
+    expected = continuation_logprobs(model, groups)
+    whole, inside = forward._sums, []
+
+    def slowly(model, weight, batch):
+        inside.append(batch)
+        time.sleep(0.002)
+        assert inside == [batch], "another thread is in the middle of a pass"
+        sums = whole(model, weight, batch)
+        inside.clear()
+        return sums
+
+    monkeypatch.setattr(forward, "_sums", slowly)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: continuation_logprobs(model, groups, batch_tokens=60), range(8)))
+    for scores in found:
+        for ours, theirs in zip(scores, expected, strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+    assert model.config._attn_implementation == "sdpa"
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
 def test_a_rotation_by_the_longest_position_keeps_sequences_apart(plain_logprobs):
     """Past 16 positions this model turns by other factors: a short sequence beside a long one must not."""
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -131,3 +158,11 @@ def test_a_rotation_by_the_longest_position_keeps_sequences_apart(plain_logprobs
     for group, (got,) in zip(groups, continuation_logprobs(model, groups), strict=True):
         expected = plain_logprobs(model, group.prefix, group.continuations[0]).sum().item()
         assert got == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_score_is_the_models_own_under_autocast(build_model, groups):
+    model = build_model()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = continuation_logprobs(model, groups)
+    for ours, theirs in zip(got, continuation_logprobs(model, groups), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
