@@ -11,10 +11,13 @@ from torch import Tensor
 
 
 def serves(*tensors: Tensor) -> bool:
-    """Whether oneDNN multiplies these: matrices in memory of a CPU, all fp32 or all bf16, where no gradient is kept."""
+    """Whether oneDNN multiplies these without a gradient: a CPU's, all fp32, or all bf16 where the CPU knows it."""
     kinds = {(x.device.type, x.dtype) for x in tensors}
-    known = kinds in ({("cpu", torch.float32)}, {("cpu", torch.bfloat16)})
-    return known and torch.backends.mkldnn.is_available() and not torch.is_grad_enabled()
+    if not torch.backends.mkldnn.is_available() or torch.is_grad_enabled():
+        return False
+    # Of bf16 oneDNN asks for AVX-512 or the like; torch's own layers work without.
+    in_bf16 = kinds == {("cpu", torch.bfloat16)} and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return kinds == {("cpu", torch.float32)} or in_bf16
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, silu: bool = False) -> Tensor:

@@ -1,6 +1,6 @@
 """The LM head without Triton: what a CPU runs, and CUDA where Triton is missing.
 
-Logits exist for one tile at a time in buffers that are used over and over, so memory is bounded whatever N and V are.
+Logits exist for one tile at a time, so memory is bounded by two tiles or three whatever N and V are.
 fp32 products take nineteen twentieths of the time, the log-sum-exp the rest.
 
 Processors with bf16 instructions multiply bf16 about twice as fast, but torch gives such products rounded to bf16. The

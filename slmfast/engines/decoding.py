@@ -135,7 +135,8 @@ class Rows:
         """The logits [B, V] after the newest tokens."""
         self.seen = torch.cat([self.seen, self.seen.new_ones(len(self.owners), 1)], dim=1)
         logits = _last_logits(model, self.last, self.seen, self.position, self.cache)
-        self.position = self.position + 1
+        # A reply that has ended stays where it is: a model with a table of positions has none after its window.
+        self.position = self.position + torch.tensor(self.going, device=self.position.device)[:, None]
         return logits
 
     def kept(self) -> "Rows | None":

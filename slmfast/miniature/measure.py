@@ -113,7 +113,8 @@ def _decisions(
     engine: LocalEngine, asked: list[list[dict[str, str]]], choices: tuple[str, ...], positive: str
 ) -> list[bool]:
     """For each prompt whether the likeliest choice is `positive`."""
-    return [choices[i] == positive for i in engine.choose(asked, choices).argmax(axis=1)]
+    scores = engine.choose(asked, [choices] * len(asked))
+    return [choices[int(np.argmax(row))] == positive for row in scores]
 
 
 def _agreement(decided: list[bool], true: list[bool]) -> float:

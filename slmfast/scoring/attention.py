@@ -11,6 +11,7 @@ Shapes: L tokens of a pack, S segments, K keys of all their paths together, A an
 
 import functools
 import importlib.util
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -36,6 +37,7 @@ class Layout:
 
     segments: Sequence[Segment]
     device: torch.device | str = "cpu"
+    windows: list[int | None] = field(default_factory=list)  # what each layer has named as its sliding window
     _masks: dict[tuple[int, int, int | None], Tensor] = field(default_factory=dict)
 
     @functools.cached_property
@@ -107,6 +109,7 @@ def packed_attention(
     if wanted or attention_mask is not None or dropout or is_causal is False:
         more = ", ".join(wanted) or "a mask, dropout, or sight of later tokens"
         raise UserError(f"{type(module).__name__} asks its attention for {more}: packs don't give it that")
+    layout.windows.append(sliding_window)
     attend = _variable_length(query.device.type, query.dtype)
     return attend(query, key, value, layout, scaling, sliding_window), None
 
@@ -144,7 +147,12 @@ def _torch_varlen(query, key, value, layout, scaling, window):
     (q, k, v), (queries, keys) = _side_by_side(query, key, value, layout), layout.bounds
     seen = (-1 if window is None else window - 1, 0)
     longest = max(layout.query_lengths), max(layout.key_lengths)
-    return varlen_attn(q, k, v, queries, keys, *longest, scale=scaling, window_size=seen, enable_gqa=True)[None]
+    if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        shared = {"enable_gqa": True}
+    else:  # torch 2.11: every query head needs a key head of its own
+        shared = {}
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    return varlen_attn(q, k, v, queries, keys, *longest, scale=scaling, window_size=seen, **shared)[None]
 
 
 def _side_by_side(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:

@@ -42,9 +42,14 @@ def _is_gated(module: nn.Module) -> bool:
     parts = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
     return (
         isinstance(getattr(module, "act_fn", None), nn.SiLU | SiLUActivation)
-        and all(type(part) is nn.Linear and serves(part.weight) for part in parts)
+        and all(_is_plain(part) and serves(part.weight) for part in parts)
         and len(list(module.children())) == 4
     )
+
+
+def _is_plain(part: object) -> bool:
+    """Whether a layer does nothing but its product: an MLP in one piece calls none of its hooks."""
+    return type(part) is nn.Linear and not (part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part))
 
 
 def _linear(module: nn.Linear, x: Tensor) -> Tensor:

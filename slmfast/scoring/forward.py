@@ -10,7 +10,7 @@ from torch import nn
 from slmfast.errors import UserError
 from slmfast.progress import Progress
 from slmfast.scoring.attention import packing
-from slmfast.scoring.batches import Batch, can_pack, make_batches
+from slmfast.scoring.batches import Batch, can_pack, make_batches, rotates_by_length
 from slmfast.scoring.budget import checked_budget
 from slmfast.scoring.cpu_layers import faster_layers
 from slmfast.scoring.head import head_weight, linear_logprob
@@ -19,6 +19,7 @@ from slmfast.scoring.packing import Group
 from slmfast.scoring.probes import remembered
 
 Owner = tuple[int, int]  # a group, and a continuation's number in it
+_NO_MEMORY = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
 
 
 def continuation_logprobs(
@@ -44,6 +45,7 @@ def continuation_logprobs(
     total = sum(len(continuation) for group in groups for continuation in group.continuations)
     shown = Progress(progress, total, "tokens") if progress else None
     packed = bool(groups) and remembered(can_pack, model)
+    alone = rotates_by_length(model)
 
     def run(batch: Batch) -> list[float]:
         sums = _sums(model, weight, batch)
@@ -52,7 +54,7 @@ def continuation_logprobs(
         return sums
 
     def batches(some: Sequence[Group], tokens: int) -> Iterator[Batch]:
-        return make_batches(some, tokens, packed=packed, device=weight.device)
+        return make_batches(some, 1 if alone else tokens, packed=packed, device=weight.device)
 
     with evaluating(model), ExitStack() as ways:
         if packed:
@@ -91,7 +93,8 @@ def _in_halves(
             done.update(mine)
             yield from zip(mine, sums, strict=True)
         if too_long:
-            if too_long > budget or len(batch.continuations) == 1:  # what is over the budget could not be cut
+            # What is over the budget could not be cut.
+            if too_long > budget or budget == 1 or len(batch.continuations) == 1:
                 raise UserError(
                     f"the memory does not hold a sequence of {too_long} tokens: give a smaller window or model, "
                     "or a device with more memory"
@@ -113,8 +116,8 @@ def _chosen(groups: Sequence[Group], owners: Sequence[Owner]) -> tuple[list[Grou
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether an allocation failed: CUDA's has a class of its own, that of a CPU is a RuntimeError."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    """Whether an allocation failed: torch's own on CUDA has a class; those of a CPU, cuBLAS and the driver do not."""
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _NO_MEMORY)
 
 
 def _sums(model: nn.Module, weight: torch.Tensor, batch: Batch) -> list[float]:

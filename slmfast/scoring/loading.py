@@ -19,6 +19,8 @@ from slmfast.errors import UserError
 ModelLike = nn.Module | str | Path
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
+_locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+_making_a_lock = threading.Lock()
 
 
 def check_model_name(name: str | Path) -> str:
@@ -143,27 +145,28 @@ def _positions(config: Any) -> int | None:
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
-_locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
-_locks_guard = threading.Lock()
-
-
 @contextmanager
 def evaluating(model: nn.Module):
     """Evaluation mode and no gradients inside; the module's own mode comes back after.
 
-    One thread at a time is inside with a model: its mode, and the ways of attention that scoring sets, are the model's.
+    In its own dtype too, whatever autocast there is around: a score is that of the weights as they are. One thread at a
+    time: what is done inside changes the module's mode, its attention and its layers' forwards, and
+    another thread that used it meanwhile would get wrong scores without an error.
     """
-    with _locks_guard:
-        lock = _locks.setdefault(model, threading.RLock())
-    with lock:
+    with _lock(model):
         training = model.training
         model.eval()
         try:
             # no_grad, not inference_mode: a buffer that a module renews inside must still serve in training.
-            with torch.no_grad():
+            with torch.no_grad(), torch.autocast(next(model.parameters()).device.type, enabled=False):
                 yield
         finally:
             model.train(training)
+
+
+def _lock(model: nn.Module) -> threading.RLock:
+    with _making_a_lock:
+        return _locks.setdefault(model, threading.RLock())
 
 
 @contextmanager

@@ -17,7 +17,7 @@ def remembered(probe: Callable[[nn.Module], bool], model: nn.Module) -> bool:
     That is its configuration, its mode of attention, the types and devices of its parameters, its hooks, and forwards
     that were put on single modules. Weights may change, as in training: no probe depends on them.
     """
-    with evaluating(model):  # which keeps other threads, and what they change meanwhile, out
+    with evaluating(model):  # alone: what another thread changes while it scores is none of the model's own
         state = _computation(model)
         known = _answers.setdefault(model, {})
         if probe not in known or known[probe][0] != state:

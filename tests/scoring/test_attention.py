@@ -73,7 +73,7 @@ def variable_length(q, k, v, q_bounds, k_bounds, window, scaling):
 
 @pytest.mark.parametrize("window", [None, 1, 7])
 @pytest.mark.parametrize(("heads", "key_heads"), [(4, 4), (4, 2), (6, 1)])
-@pytest.mark.parametrize("way", ["segments", "flash-attn", "torch"])
+@pytest.mark.parametrize("way", ["segments", "flash-attn", "torch", "torch 2.11"])
 def test_equals_softmax_over_the_dense_mask(segments, window, heads, key_heads, way, monkeypatch):
     """The CUDA paths run with stand-ins that compute what their documentation says."""
     if way == "flash-attn":
@@ -86,7 +86,7 @@ def test_equals_softmax_over_the_dense_mask(segments, window, heads, key_heads, 
         fake = types.SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func)
         monkeypatch.setitem(sys.modules, "flash_attn", fake)
         monkeypatch.setattr(attention, "_variable_length", lambda *_: attention._flash_attention)
-    elif way == "torch":
+    elif way != "segments":
         varlen = pytest.importorskip("torch.nn.attention.varlen")
 
         def varlen_attn(q, k, v, queries, keys, most_q, most_k, *, scale, window_size, enable_gqa):
@@ -94,7 +94,11 @@ def test_equals_softmax_over_the_dense_mask(segments, window, heads, key_heads, 
             assert most_q == queries.diff().max() and most_k == keys.diff().max()
             return variable_length(q, k, v, queries, keys, window_size, scale)
 
-        monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
+        def without_gqa(q, k, v, *bounds, scale, window_size):
+            assert q.shape[1] == k.shape[1] == v.shape[1]
+            return varlen_attn(q, k, v, *bounds, scale=scale, window_size=window_size, enable_gqa=True)
+
+        monkeypatch.setattr(varlen, "varlen_attn", without_gqa if way == "torch 2.11" else varlen_attn)
         monkeypatch.setattr(attention, "_variable_length", lambda *_: attention._torch_varlen)
     query, key, value = states(segments, heads, key_heads)
     layout = Layout(segments)
@@ -146,6 +150,7 @@ def test_the_models_own_attention_comes_back(build_model):
 
 SMALL = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
 
 
 def built(name, **options):
@@ -160,6 +165,7 @@ def built(name, **options):
     ("name", "more"),
     [
         ("Llama", {}),
+        ("Qwen2Moe", MOE),
         ("Qwen3", {"head_dim": 8}),
         ("Mistral", {"sliding_window": 4}),
         ("Qwen2", {"use_sliding_window": True, "sliding_window": 2, "max_window_layers": 0}),
@@ -185,6 +191,8 @@ def _gemma3(more):
         ("Llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}}),
         ("Gemma2", {"head_dim": 8, "attn_logit_softcapping": 50.0}),
         ("Mamba", {}),
+        # its attention never hears of its window, which only the mask shows
+        ("Qwen2Moe", MOE | {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 2}),
     ],
 )
 def test_models_whose_scores_would_change_are_not(name, more):
@@ -208,3 +216,9 @@ def test_a_model_that_ignores_its_layout_is_found_out(build_model, monkeypatch):
         assert not can_pack(model)
     finally:
         AttentionInterface.register(NAME, packed_attention)
+
+
+def test_a_model_spread_over_devices_is_not_packed(build_model):
+    model = build_model()
+    model.model.layers[1].to("meta")
+    assert not can_pack(model)

@@ -248,3 +248,17 @@ def test_one_string_is_no_list_of_prompts(engine):
     for ask in (engine.count_tokens, lambda prompts: engine.generate(prompts, max_new_tokens=1)):
         with pytest.raises(UserError, match="prompts is a str: give a list of prompts"):
             ask("hello")
+
+
+def test_no_position_leaves_the_window():
+    """GPT-2 has a table of positions: a reply that has ended and waits for its neighbours must not read past it."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    window, steps, count = 40, 30, 120
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=window, n_embd=16, n_layer=1, n_head=2)).eval()
+    prompts = [[n % 50] * (window - steps) for n in range(count)]
+    draws = np.random.default_rng(0).random((count, steps))
+    replies = decoding.decode(model, prompts, frozenset(range(2)), steps, draws, Sampling(temperature=5.0), slots=16)
+    lengths = {len(reply) for reply in replies}
+    assert max(lengths) == steps and len(lengths) > 5

@@ -1,5 +1,6 @@
 """What becomes of a batch that the memory does not hold, and how the tokens of a batch are chosen."""
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -103,12 +104,65 @@ def test_on_a_cpu_the_budget_is_always_the_same(build_model):
     assert budgets.token_budget(build_model("tied")) == budgets.token_budget(build_model("mqa"))
 
 
-def test_threads_may_score_with_one_model(build_model, groups):
-    """Scoring sets the model's way of attention meanwhile: a thread that leaves must not take it from another."""
+def test_halving_ends_where_there_is_nothing_left_to_halve(model, limited):
+    """Two continuations of one token each take no input: the pack is the prompt's one token."""
+    limited(0, ERRORS[0])
+    with pytest.raises(UserError, match="does not hold a sequence of 1 tokens"):
+        continuation_logprobs(model, [Group([5], [[1], [2]])])
+
+
+def test_cublas_and_the_driver_name_a_shortage_in_their_own_words():
+    for words in (
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "CUDA error: out of memory",
+    ):
+        assert forward.is_out_of_memory(RuntimeError(words))
+
+
+def test_threads_that_share_a_model_score_one_after_the_other(build_model, groups, monkeypatch):
+    """Together they would take each other's attention away: scores would be wrong without an error."""
     model = build_model()
     expected = continuation_logprobs(model, groups)
+    whole, inside = forward._sums, []
+
+    def slowly(model, weight, batch):
+        inside.append(batch)
+        time.sleep(0.002)
+        assert inside == [batch], "another thread is in the middle of a pass"
+        sums = whole(model, weight, batch)
+        inside.clear()
+        return sums
+
+    monkeypatch.setattr(forward, "_sums", slowly)
     with ThreadPoolExecutor(4) as pool:
-        calls = [pool.submit(continuation_logprobs, model, groups, batch_tokens=40) for _ in range(8)]
-    for call in calls:
-        for ours, theirs in zip(call.result(), expected, strict=True):
+        found = list(pool.map(lambda _: continuation_logprobs(model, groups, batch_tokens=60), range(8)))
+    for scores in found:
+        for ours, theirs in zip(scores, expected, strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+    assert model.config._attn_implementation == "sdpa"
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_a_rotation_by_the_longest_position_keeps_sequences_apart(plain_logprobs):
+    """Past 16 positions this model turns by other factors: a short sequence beside a long one must not."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    rotation = {"rope_type": "longrope", "rope_theta": 100.0, "short_factor": [1.0] * 4, "long_factor": [9.0] * 4}
+    torch.manual_seed(1)
+    rotation |= {"original_max_position_embeddings": 16}
+    model = LlamaForCausalLM(LlamaConfig(**shape, **heads, rope_parameters=rotation, initializer_range=0.3)).eval()
+    rng = np.random.default_rng(0)
+    groups = [Group(rng.integers(0, 99, n).tolist(), [rng.integers(0, 99, 4).tolist()]) for n in (5, 9, 30)]
+    for group, (got,) in zip(groups, continuation_logprobs(model, groups), strict=True):
+        expected = plain_logprobs(model, group.prefix, group.continuations[0]).sum().item()
+        assert got == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_score_is_the_models_own_under_autocast(build_model, groups):
+    model = build_model()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = continuation_logprobs(model, groups)
+    for ours, theirs in zip(got, continuation_logprobs(model, groups), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
