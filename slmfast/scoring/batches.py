@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from slmfast.errors import UserError
 from slmfast.scoring.attention import LAYER_TYPES, Layout, packing
 from slmfast.scoring.cpu_layers import faster_layers
+from slmfast.scoring.last_layer import only_at
 from slmfast.scoring.loading import evaluating
 from slmfast.scoring.packing import Group, Pack, make_packs, make_rows
 
@@ -23,6 +24,7 @@ class Batch:
     position_ids: Tensor  # int64 [B, L]
     layout: Layout | None  # of a pack (B is 1); None for rows of one sequence each
     sources: Tensor  # int64 [T]: the place in B * L at which a target is predicted
+    predicting: Tensor  # int64: these places, each once
     targets: Tensor  # int64 [T]
     owners: Tensor  # int64 [T]: the continuation a target belongs to
     continuations: list[tuple[int, int]]  # C pairs: group and number in the group
@@ -34,9 +36,13 @@ class Batch:
 
     def hidden(self, model: nn.Module) -> Tensor:
         """The last hidden states at the sources, [T, H]."""
-        given = {} if self.layout is None else {"layout": self.layout}
         decoder = model.get_decoder()
-        states = decoder(input_ids=self.input_ids, position_ids=self.position_ids, use_cache=False, **given)
+        common = {"input_ids": self.input_ids, "position_ids": self.position_ids, "use_cache": False}
+        if self.layout is None:
+            states = decoder(**common)
+        else:
+            with only_at(self.predicting, decoder):
+                states = decoder(**common, layout=self.layout)
         return states.last_hidden_state.flatten(0, 1)[self.sources]
 
 
@@ -65,7 +71,8 @@ def collate(packs: Sequence[Pack], layout: Layout | None, device: torch.device |
         targets += pack.targets
         owners += [np.full(len(t), len(continuations) + i) for i, t in enumerate(pack.targets)]
         continuations += pack.continuations
-    arrays = ids, positions, *(np.concatenate(parts).astype(np.int64) for parts in (sources, targets, owners))
+    sources, targets, owners = (np.concatenate(parts).astype(np.int64) for parts in (sources, targets, owners))
+    arrays = ids, positions, sources, np.unique(sources), targets, owners
     ids, positions, *rest = (torch.from_numpy(array).to(device) for array in arrays)
     return Batch(ids, positions, layout, *rest, continuations)
 
