@@ -51,7 +51,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_nothing_is_lost(
 ):
     model = build_model()
     if attention == "none":
-        monkeypatch.setattr(forward, "can_pack", lambda model: False)
+        monkeypatch.setattr(forward, "why_not_packed", lambda model: "it is told so")
     expected = continuation_logprobs(model, groups)
     halved = []
     ran = limited(60, error)
