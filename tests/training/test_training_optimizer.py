@@ -42,7 +42,7 @@ def test_compensation_keeps_what_plain_fp32_loses():
 
 
 @pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
-def test_both_optimizers_move_weights_too_large_for_a_step(name):
+def test_optimizers_of_whole_weights_move_weights_too_large_for_a_step(name):
     """A norm, and a matrix whose states have 8 bits: 300 steps of 1e-8 leave their mark on 1.0, 0.5 and 0.25."""
     model = torch.nn.ParameterDict(
         {"norm": torch.ones(896), "matrix": torch.full((80, 80), 0.5), "least": torch.full((80, 80), 0.25)}
