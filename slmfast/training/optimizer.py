@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from slmfast.errors import UserError
 from slmfast.training.settings import TrainSettings
-from slmfast.training.split_weights import SplitWeights
+from slmfast.training.split_weights import SplitWeights, has_values
 
 BETAS = (0.9, 0.999)
 EPS = 1e-8
@@ -86,7 +86,7 @@ def _add_compensated(parameter: Tensor, wanted: Tensor) -> Tensor:
 
 def is_too_coarse(weights: Tensor, step: float) -> bool:
     """Does half the fp32 spacing at the largest weight reach `step`, so that adding it may change nothing?"""
-    if weights.numel() == 0 or step <= 0:
+    if not has_values(weights) or step <= 0:
         return False
     return bool(half_spacing(weights.detach().abs().max()) >= step)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from slmfast.kernels.adamw8bit_op import adamw8bit
 from slmfast.kernels.dynamic_codes import BLOCK
 from slmfast.training.optimizer import BETAS, EPS, AdamW, half_spacing
-from slmfast.training.split_weights import SplitWeights
+from slmfast.training.split_weights import SplitWeights, has_values
 
 _STATES = ("exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale", "slots", "lowest")
 
@@ -113,11 +113,14 @@ def _fresh_state(parameter: Tensor, masters: SplitWeights, rate: float) -> dict[
 
 def _slots(weights: Tensor, rate: float) -> Tensor:
     """Numbers the blocks [B] that a step of `rate` could leave as they are; -1 for the others, [0] if there is none."""
+    none = torch.empty(0, dtype=torch.int32, device=weights.device)
+    if not has_values(weights):
+        return none
     whole = len(weights) // BLOCK * BLOCK
-    largest = weights[:whole].view(-1, BLOCK).abs().amax(1) if whole else weights[:0]
+    largest = weights[:whole].view(-1, BLOCK).abs().amax(1)
     if whole < len(weights):
         largest = torch.cat([largest, weights[whole:].abs().amax()[None]])
     coarse = half_spacing(largest) >= rate
     if not coarse.any():
-        return torch.empty(0, dtype=torch.int32, device=weights.device)
+        return none
     return torch.where(coarse, coarse.cumsum(0) - 1, -1).to(torch.int32)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from slmfast.errors import UserError
@@ -31,7 +32,7 @@ def split(weights: Tensor) -> tuple[Tensor, Tensor]:
         UserError: a weight is NaN or infinite.
     """
     weights = weights.detach().contiguous()
-    if weights.numel() and not torch.isfinite(torch.stack(weights.aminmax())).all():
+    if has_values(weights) and not torch.isfinite(torch.stack(weights.aminmax())).all():
         raise UserError("a weight is NaN or infinite: train from a model whose weights are finite")
     bits = weights.view(torch.int32)
     buffer = (bits + 0x8000).bitwise_right_shift_(16)  # the one temporary of the weights' size
@@ -43,6 +44,11 @@ def split(weights: Tensor) -> tuple[Tensor, Tensor]:
 def merge(high: Tensor, low: Tensor) -> Tensor:
     """The fp32 weights of the halves, new and bit for bit what was split."""
     return (high.detach().view(torch.int16).to(torch.int32) << 16).add_(low).view(torch.float32)
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether there is anything to look at: not in an empty tensor, nor in the fake ones that a plan of memory uses."""
+    return tensor.numel() > 0 and not isinstance(tensor, FakeTensor)
 
 
 def fp32_grad(parameter: Tensor) -> Tensor:

@@ -161,19 +161,29 @@ def test_the_device_gives_the_bits_of_the_twin():
             assert torch.equal(mine, other.cpu())
 
 
-def test_no_further_from_float64_than_bitsandbytes():
-    """The update of 60 steps, on gradients whose rows differ by three decades: relative error in norm."""
-    start = torch.randn(64, 512, generator=torch.Generator().manual_seed(1)) * 0.02
-    wanted = exact(start, noisy_gradients(start.shape, 60), 1e-3) - start
+@pytest.mark.parametrize(("shape", "share", "bound"), [((64, 512), 1.0, 0.02), ((512, 96), 0.3, 0.07)])
+def test_no_further_from_float64_than_bitsandbytes(shape, share, bound):
+    """The update of 60 steps, on gradients whose rows differ by three decades: relative error in norm.
+
+    With rows that have a gradient in three steps of ten, as an embedding's have, bitsandbytes errs by 15 %.
+    """
+
+    def gradients():
+        generator = torch.Generator().manual_seed(4)
+        for gradient in noisy_gradients(shape, 60):
+            yield gradient * (torch.rand(shape[0], 1, generator=generator) < share)
+
+    start = torch.randn(shape, generator=torch.Generator().manual_seed(1)) * 0.02
+    wanted = exact(start, gradients(), 1e-3) - start
     ours = Step(start)
     weights = torch.nn.Parameter(start.clone())
     theirs = _adamw8bit_class()([weights], 1e-3, 0.0)
-    for gradient in noisy_gradients(start.shape, 60):
+    for gradient in gradients():
         ours.take(gradient, 1e-3)
         weights.grad = gradient
         theirs.step()
     error = [float((found - start - wanted).norm() / wanted.norm()) for found in (ours.weights, weights.detach())]
-    assert error[0] <= 1.05 * error[1] and error[0] < 0.05
+    assert error[0] <= 1.02 * error[1] and error[0] < bound
 
 
 @pytest.mark.parametrize("compensated", [False, True])

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from slmfast.errors import UserError
 from slmfast.training import checkpoint
@@ -237,6 +238,22 @@ def test_bytes_a_weight():
     per_weight = sum(tensor.numel() * tensor.element_size() for tensor in held) / weight.numel()
     assert per_weight == 2 + 2 + 4 + 1 + 1 + 8 / 256 and optimizer.compensated == 0
     assert 494_032_768 * per_weight < 5.0e9
+
+
+@pytest.mark.parametrize("forward", ["bf16", "split", "fp32"])
+def test_a_plan_of_memory_can_take_a_step(forward):
+    """With fake tensors, which have no values: all of a step runs, and the states have their real sizes."""
+    with FakeTensorMode():
+        model = torch.nn.Sequential(torch.nn.Embedding(50_000, 64), torch.nn.Linear(64, 300))
+        masters = SplitWeights(model, forward)
+        optimizer = make_optimizer(model, SETTINGS, 1, masters)
+        with torch.autocast("cpu", torch.bfloat16, enabled=forward == "bf16"):
+            output = model(torch.randint(50_000, (3, 7)))
+        output.float().sum().backward()
+        optimizer.step()
+    weight = model[0].weight
+    held = [weight, weight.grad, *(x for x in optimizer.state[weight].values() if isinstance(x, torch.Tensor))]
+    assert sum(x.numel() * x.element_size() for x in held) == 50_000 * 64 * 10 + 8 * 12_500
 
 
 def coarse_layer():
