@@ -314,6 +314,29 @@ def test_goes_on_bit_for_bit_from_a_checkpoint(tmp_path, resumed_at):
     assert second[2].state[second[0].weight]["low"] is second[1].low[second[0].weight]
 
 
+def test_accelerate_takes_both(tiny):
+    """It loads the optimizer's own state back into it when it prepares one, and clips."""
+    from accelerate import Accelerator
+
+    model, ids = tiny
+    masters = SplitWeights(model, "fp32")
+    optimizer = make_optimizer(model, SETTINGS, 1, masters)
+    before = dict(masters.fp32_parameters(model))
+    accelerator = Accelerator(cpu=True)
+    prepared, stepping = accelerator.prepare(model, optimizer)
+    for _ in range(2):
+        accelerator.backward(loss_of(prepared, ids, False, masters))
+        accelerator.clip_grad_norm_(prepared.parameters(), 1.0)
+        stepping.step()
+        stepping.zero_grad()
+    head = model.get_output_embeddings().weight
+    assert optimizer.state[head]["low"] is masters.low[head] and optimizer.state[head]["step"] == 2
+    assert optimizer.state[head]["exp_avg"].dtype == torch.uint8 and head.grad is None
+    # Adam's first two steps move whatever has a gradient by about the rate each
+    moved = (masters.merged(head) - before["model.embed_tokens.weight"]).abs()
+    assert 1e-3 < float(moved.max()) < 2.5e-3
+
+
 def test_split_weights_and_their_optimizer_belong_together(tiny):
     model, _ = tiny
     with pytest.raises(UserError, match="adamw8bit-split"):

@@ -91,3 +91,14 @@ def test_the_settings_choose_the_optimizer(name):
     assert torch.allclose(moved, -model.weight.grad.sign(), atol=0.02)
     bits = optimizer.state[model.weight]
     assert (bits["state1"].dtype == torch.uint8) if name == "adamw8bit" else (bits["exp_avg"].dtype == torch.float32)
+
+
+def test_embeddings_have_8_bit_states_as_well():
+    """transformers' own trainer keeps them in fp32, 8 bytes a weight where 2 do."""
+    model = torch.nn.Sequential(torch.nn.Embedding(100, 64), torch.nn.Linear(64, 80))
+    optimizer = make_optimizer(model, TrainSettings(method="sft", learning_rate=1e-3, optimizer="adamw8bit"), 1)
+    model(torch.arange(100)).sum().backward()
+    optimizer.step()
+    for weight in (model[0].weight, model[1].weight):
+        assert optimizer.state[weight]["state1"].dtype == optimizer.state[weight]["state2"].dtype == torch.uint8
+    assert optimizer.state[model[1].bias]["state1"].dtype == torch.float32
