@@ -164,12 +164,12 @@ py::tuple bind_near_pairs(const Dense<std::uint64_t>& fingerprints, int k, int t
     const unsigned used = thread_count(threads);
     const Isa isa = active_isa();
     const std::uint64_t* from = fingerprints.data();
-    std::vector<std::uint64_t> pairs;
-    {
+    const Pairs found = [&] {
         const py::gil_scoped_release release;
-        pairs = near_pairs(from, n, k, used, isa);
-    }
-    const auto m = static_cast<py::ssize_t>(pairs.size());
+        return near_pairs(from, n, k, used, isa);
+    }();
+    const std::uint64_t* pairs = found.data.get();
+    const auto m = static_cast<py::ssize_t>(found.size);
     Dense<std::int64_t> i(m);
     Dense<std::int64_t> j(m);
     Dense<std::uint8_t> distance(m);
@@ -180,9 +180,9 @@ py::tuple bind_near_pairs(const Dense<std::uint64_t>& fingerprints, int k, int t
         const py::gil_scoped_release release;
         // Each distance waits for two fingerprints from anywhere, so threads and asking early pay even here.
         constexpr std::size_t kAhead = 24;
-        parallel_for(pairs.size(), used, std::size_t{1} << 14, [&](std::size_t begin, std::size_t end, unsigned) {
+        parallel_for(found.size, used, std::size_t{1} << 14, [&](std::size_t begin, std::size_t end, unsigned) {
             for (std::size_t pair = begin; pair < end; ++pair) {
-                const std::uint64_t coming = pairs[std::min(pair + kAhead, pairs.size() - 1)];
+                const std::uint64_t coming = pairs[std::min(pair + kAhead, found.size - 1)];
                 __builtin_prefetch(from + (coming >> 32));
                 __builtin_prefetch(from + (coming & 0xFFFFFFFFu));
                 to_i[pair] = static_cast<std::int64_t>(pairs[pair] >> 32);

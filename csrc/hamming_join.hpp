@@ -10,9 +10,9 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <vector>
 
 #include "isa.hpp"
+#include "partition.hpp"
 
 namespace slmfast {
 
@@ -33,9 +33,14 @@ bool self_join(const std::uint64_t* fingerprints, std::size_t n, int k, unsigned
 bool cross_join(const std::uint64_t* left, std::size_t n_left, const std::uint64_t* right, std::size_t n_right, int k,
                 unsigned threads, Isa isa, PairSink& sink);
 
-// Every pair of rows i < j within distance k as (i << 32 | j), sorted.
-std::vector<std::uint64_t> near_pairs(const std::uint64_t* fingerprints, std::size_t n, int k, unsigned threads,
-                                      Isa isa);
+// Pairs of rows i < j as (i << 32 | j).
+struct Pairs {
+    Buffer<std::uint64_t> data;
+    std::size_t size;
+};
+
+// Every pair of rows within distance k, sorted.
+Pairs near_pairs(const std::uint64_t* fingerprints, std::size_t n, int k, unsigned threads, Isa isa);
 
 // What the cost formula expects of a self-join of n uniform fingerprints.
 struct JoinPlan {
