@@ -14,8 +14,9 @@ namespace slmfast {
 constexpr std::size_t kTagRows = 16;    // rows asked about at once
 constexpr std::size_t kMostTags = 128;  // the largest group
 
-// Writes the tag of each of n fingerprints, 0 < n <= kMostTags, and fills up the last kTagRows. A tag is four bytes of the
-// fingerprint that cover as many bits of `telling` as such bytes can, from the lowest up.
+// Writes the tag of each of n fingerprints, 0 < n <= kMostTags, and fills up the last kTagRows. A tag holds bits of
+// `telling`, each once: those in the first four bytes that cover them from the lowest up. So two tags never differ in
+// more bits than their fingerprints.
 using CutTags = void (*)(const std::uint64_t* fp, std::size_t n, std::uint64_t telling, std::uint32_t* tags);
 // Bit r says that the tag of row from + r may lie within k of a later one of the n; without it none does.
 using NearTags = unsigned (*)(const std::uint32_t* tags, std::size_t n, std::size_t from, int k);
@@ -36,17 +37,21 @@ struct TagScan {
 SLMFAST_AVX512_TAGS inline void cut_tags_avx512(const std::uint64_t* fp, std::size_t n, std::uint64_t telling,
                                                 std::uint32_t* tags) {
     std::uint64_t places = 0;
+    std::uint64_t kept = 0;  // of a tag: a byte from near the top goes on at bit 0, and no bit may count twice
     for (int byte = 0; byte < 4 && telling != 0; ++byte) {
         const auto lowest = static_cast<unsigned>(__builtin_ctzll(telling));
         places |= std::uint64_t{lowest} << (8 * byte);
+        kept |= (telling >> lowest & 0xFF) << (8 * byte);
         telling &= ~(std::uint64_t{0xFF} << lowest);
     }
     const __m512i control = _mm512_set1_epi64(static_cast<long long>(places));
+    const __m512i mask = _mm512_set1_epi64(static_cast<long long>(kept));
     for (std::size_t i = 0; i < n; i += 8) {
         const std::size_t left = n - i;
         const auto lanes = static_cast<__mmask8>(left >= 8 ? 0xFF : (1u << left) - 1);
         const __m512i picked = _mm512_multishift_epi64_epi8(control, _mm512_maskz_loadu_epi64(lanes, fp + i));
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(tags + i), _mm512_cvtepi64_epi32(picked));
+        const __m256i tag = _mm512_cvtepi64_epi32(_mm512_and_si512(picked, mask));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(tags + i), tag);
     }
     const std::uint32_t filler = ~tags[n - 1];  // far from where tags lie close together
     for (std::size_t i = n; i % kTagRows != 0; ++i) tags[i] = filler;

@@ -50,7 +50,20 @@ def templates(rng: np.random.Generator, n: int) -> np.ndarray:
     return values
 
 
-DISTRIBUTIONS = [uniform, clustered, low_entropy, shared_blocks, templates]
+def families(rng: np.random.Generator, n: int, low: int = 32) -> np.ndarray:
+    """Eight families that agree on their high bits; every second row is the one before it with its lowest byte changed.
+
+    In groups that agree on nearly all bits a look at some bits alone may count one of them twice.
+    """
+    tops = uniform(rng, 8)[rng.integers(0, 8, n // 2)] << np.uint64(low)
+    values = tops | rng.integers(0, 2**low, n // 2, dtype=np.uint64)
+    near = values.copy()
+    for _ in range(3):
+        near ^= np.uint64(1) << rng.integers(0, 8, n // 2, dtype=np.uint64)
+    return np.stack([values, near], axis=1).ravel()
+
+
+DISTRIBUTIONS = [uniform, clustered, low_entropy, shared_blocks, templates, families]
 
 
 def assert_equal_to_brute_force(values: np.ndarray, k: int, threads: int = 0) -> int:
