@@ -201,9 +201,9 @@ def test_a_benchmark_that_fails_is_named_and_keeps_what_it_wrote(check, benchmar
 
 def test_a_benchmark_that_takes_too_long_is_stopped(check, benchmarks, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(check, "LEAST_SECONDS", 0.0)
-    benchmarks("fake", "slow", share=0.1)
-    code, document, _ = run(check, tmp_path, capsys, "--seconds", "20")
-    assert code == 0 and "after 2 s" in document["benchmarks"]["fake"]["stopped"]
+    benchmarks("fake", "slow", share=0.002)
+    code, document, _ = run(check, tmp_path, capsys, "--seconds", "1000")  # however long the checks take before it
+    assert code == 0 and document["benchmarks"]["fake"]["stopped"].startswith("after ")
     assert "arguments" in document["benchmarks"]["fake"]
 
 
