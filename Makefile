@@ -25,7 +25,7 @@ sm86: install
 	$(BIN)/python bench/sm86.py
 
 # The native module under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer: its tests on every
-# instruction set, and FUZZ inputs of every bad kind. About ten minutes; make sanitize FUZZ=100000 is shorter.
+# instruction set, and FUZZ inputs of every bad kind. About half an hour; make sanitize FUZZ=100000 is shorter.
 FUZZ ?= 1000000
 sanitize: install
 	$(BIN)/python tests/sanitize/run.py --inputs $(FUZZ)

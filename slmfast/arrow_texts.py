@@ -52,6 +52,8 @@ def _as_chunked(texts: Any) -> pa.ChunkedArray:
     if hasattr(texts, "__arrow_c_array__"):
         return pa.chunked_array([pa.array(texts)])
     if hasattr(texts, "column_name") and hasattr(getattr(texts, "source", None), "select_columns"):  # datasets
+        if not hasattr(texts.source, "num_rows"):
+            raise TypeError("texts is a column of a streamed dataset, which has no table: pass list(column)")
         table = texts.source.select_columns([texts.column_name]).with_format("arrow")[:]
         return table.column(texts.column_name)
     if isinstance(texts, (str, bytes)):

@@ -107,16 +107,19 @@ def _add_dedup(commands: argparse._SubParsersAction) -> None:
         "dedup",
         help="drop near-duplicates from records or from a table's column",
         description="Drops near-duplicates from a folder of records or, with --column, from tables of any size in "
-        "Parquet, CSV and JSON files. The rows that stay go to OUTPUT/kept/part-*.parquet, in order; where each of the "
-        "others was, and the row that stands for it, to OUTPUT/dropped.parquet.",
+        "Parquet, CSV and JSON files. Of tables, the rows that stay go to OUTPUT/kept/part-*.parquet, in order; where "
+        "each of the others was, and the row that stands for it, to OUTPUT/dropped.parquet, and an output that exists "
+        "is refused. Of records, they go to OUTPUT/records and OUTPUT/dropped, and an output of the same settings and "
+        "input is up to date.",
     )
     dedup.add_argument(
         "input",
         nargs="+",
         type=Path,
-        help="a folder of records; or, with --column, files (.parquet, .csv, .jsonl, .json, the last three also in .gz "
-        "or .zst), folders of them and quoted globs. Their order is the order of priority: a row of an earlier input "
-        "stands for its copies in later ones",
+        help="a folder of records; or, with --column, files of the same columns (.parquet, .csv, .jsonl, .ndjson, "
+        ".json; all but the first also in .gz or .zst), folders of them (not their subfolders, which 'FOLDER/**/*.csv' "
+        "takes), and quoted globs; a file named twice counts once. Their order is the order of priority: a row of an earlier input stands for its copies in "
+        "later ones",
     )
     dedup.add_argument("--column", help="the column of texts, for files that do not hold records")
     dedup.add_argument("--k", type=int, help="largest Hamming distance, 0 to 8 (default 3)")

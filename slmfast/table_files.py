@@ -209,7 +209,8 @@ _PACKED = (".gz", ".zst")
 def open_tables(inputs: Iterable[Path]) -> list[TableFile]:
     """The tables that files, folders of files and globs (`**` too) name, in the order given, each once.
 
-    The files of one folder or glob are sorted by name. Raises UserError where one names no such file.
+    The files of one folder or glob are sorted by name. A folder's subfolders are left alone, since an output may lie in
+    one. Raises UserError where one names no such file.
     """
     found: dict[Path, Path] = {}
     for given in inputs:
@@ -223,7 +224,10 @@ def _files(given: Path) -> list[Path]:
         inside = sorted(path for path in given.iterdir() if path.is_file() and not path.name.startswith((".", "_")))
         files = [path for path in inside if _kind(path) is not None]
         if not files:
-            raise UserError(f"{given} holds no file that ends in {', '.join(_KINDS)}: give another folder, or files")
+            raise UserError(
+                f"{given} itself holds no file that ends in {', '.join(_KINDS)}: give another folder, files, or a glob "
+                f"such as '{given}/**/*.jsonl' for its subfolders"
+            )
         return files
     # A name may hold the characters of a glob and be the very file.
     names = [given] if given.exists() else sorted(map(Path, glob(str(given), recursive=True)))  # noqa: PTH207
@@ -232,7 +236,7 @@ def _files(given: Path) -> list[Path]:
         if _kind(path) is None:
             raise UserError(f"{path}: give a file that ends in {', '.join(_KINDS)}; CSV and JSON also in .gz or .zst")
     if not files:
-        raise UserError(f"{given} does not exist: give an existing file, folder or glob")
+        raise UserError(f"{given} does not exist, or matches no file: give an existing file, folder or glob")
     return files
 
 

@@ -265,3 +265,10 @@ def test_an_object_that_is_no_text_is_named_by_its_row():
     pandas = pytest.importorskip("pandas")
     with pytest.raises(TypeError, match="row 1 is a int"):
         dedup(pandas.Series(["a", 1], dtype=object))
+
+
+def test_a_column_of_a_streamed_dataset_is_refused_in_one_line():
+    datasets = pytest.importorskip("datasets")
+    streamed = datasets.Dataset.from_dict({"text": ["a", "b"]}).to_iterable_dataset()
+    with pytest.raises(TypeError, match=r"streamed dataset.*list\(column\)"):
+        dedup(streamed["text"])

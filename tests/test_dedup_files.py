@@ -362,3 +362,12 @@ def test_two_runs_do_not_share_an_output(tmp_path):
             dedup_files([table], "text", tmp_path / "out")
     dedup_files([table], "text", tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out"]
+
+
+def test_a_folder_of_folders_says_how_to_name_their_files(tmp_path):
+    (tmp_path / "in" / "deep").mkdir(parents=True)
+    (tmp_path / "in" / "deep" / "b.jsonl").write_text('{"text": "one"}\n')
+    with pytest.raises(UserError, match=r"in/\*\*/\*\.jsonl"):
+        dedup_files([tmp_path / "in"], "text", tmp_path / "none")
+    dedup_files([tmp_path / "in" / "**" / "*.jsonl"], "text", tmp_path / "out")
+    assert kept(tmp_path / "out") == [{"text": "one"}]
