@@ -118,8 +118,8 @@ def _add_dedup(commands: argparse._SubParsersAction) -> None:
         type=Path,
         help="a folder of records; or, with --column, files of the same columns (.parquet, .csv, .jsonl, .ndjson, "
         ".json; all but the first also in .gz or .zst), folders of them (not their subfolders, which 'FOLDER/**/*.csv' "
-        "takes), and quoted globs; a file named twice counts once. Their order is the order of priority: a row of an earlier input stands for its copies in "
-        "later ones",
+        "takes), and quoted globs; a file named twice counts once. Their order is the order of priority: a row of "
+        "an earlier input stands for its copies in later ones",
     )
     dedup.add_argument("--column", help="the column of texts, for files that do not hold records")
     dedup.add_argument("--k", type=int, help="largest Hamming distance, 0 to 8 (default 3)")
