@@ -53,8 +53,11 @@ SLMFAST_AVX512_TAGS inline void cut_tags_avx512(const std::uint64_t* fp, std::si
         const __m256i tag = _mm512_cvtepi64_epi32(_mm512_and_si512(picked, mask));
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(tags + i), tag);
     }
-    const std::uint32_t filler = ~tags[n - 1];  // far from where tags lie close together
-    for (std::size_t i = n; i % kTagRows != 0; ++i) tags[i] = filler;
+    // Sixteen bits from the last tag and from one another, so that they look near only by chance.
+    constexpr std::uint32_t kApart[kTagRows] = {0,          0xAAAAAAAA, 0xCCCCCCCC, 0x66666666, 0xF0F0F0F0, 0x5A5A5A5A,
+                                                0x3C3C3C3C, 0x96969696, 0xFF00FF00, 0x55AA55AA, 0x33CC33CC, 0x99669966,
+                                                0x0FF00FF0, 0xA55AA55A, 0xC33CC33C, 0x69966996};
+    for (std::size_t i = n; i % kTagRows != 0; ++i) tags[i] = tags[n - 1] ^ kApart[i % kTagRows];
 }
 
 SLMFAST_AVX512_TAGS inline __m512i tag_distance_avx512(__m512i a, __m512i b) {
