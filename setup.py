@@ -17,7 +17,7 @@ LINK_FLAGS: list[str] = []
 # SLMFAST_SANITIZE=address,undefined (or thread) instruments the native module; tests/sanitize/run.py sets it.
 if sanitizers := os.environ.get("SLMFAST_SANITIZE"):
     LINK_FLAGS = [f"-fsanitize={sanitizers}"]
-    FLAGS = [*LINK_FLAGS, "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-O1", "-g"]
+    FLAGS = [*LINK_FLAGS, "-DSLMFAST_SMALL_JOINS", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-O1", "-g"]
 
 setup(
     packages=[

@@ -18,8 +18,8 @@ namespace slmfast {
 namespace {
 
 constexpr int kFanBits = 10;               // later partitions, in cache
-constexpr std::size_t kScratch = 262'144;  // most fingerprints in a thread's scratch
-constexpr std::size_t kPlain = 8;          // leaves in a group that is not worth a new plan
+constexpr std::size_t kScratch = kSmallJoins ? 2'048 : 262'144;  // most fingerprints in a thread's scratch
+constexpr std::size_t kPlain = kSmallJoins ? 1 : 8;  // leaves in a group that is not worth a new plan
 constexpr std::size_t kSample = 256;       // fingerprints whose bits are counted before a group is planned anew
 constexpr std::size_t kLargeSample = 4096;  // ... and before the first plan
 constexpr std::size_t kFew = 8;            // so few against many are compared faster than the many are partitioned

@@ -10,10 +10,11 @@
 namespace slmfast {
 namespace {
 
-constexpr std::size_t kBucket = 24'576;  // the first, parallel partition aims at buckets that stay in a core's cache
+// The first, parallel partition aims at buckets that stay in a core's cache.
+constexpr std::size_t kBucket = kSmallJoins ? 64 : 24'576;
 constexpr int kTopBits = 12;             // ... and makes at most 2^12
 constexpr int kMostBlocks = 24;          // more blocks never paid under the cost model
-constexpr double kPass = 2e4;            // nanoseconds to hand a first partition to the threads
+constexpr double kPass = kSmallJoins ? 0.0 : 2e4;  // nanoseconds to hand a first partition to the threads
 
 // Expected nanoseconds of a join of values that `width` even bits tell apart, with m blocks.
 // There are C(k + t, t) ways to choose the first t equal blocks; each leaves a share of 2^(-t width / m) of the others.
@@ -36,6 +37,7 @@ double expected_cost(const Work& work, const Costs& costs, double width, int k, 
 }  // namespace
 
 Costs costs_on(Isa isa) {
+    if (kSmallJoins) return {2.0, 20, 6};
     switch (isa) {
         case Isa::avx512: return {0.05, 128, 64};
         case Isa::avx2: return {0.18, 64, 32};

@@ -10,6 +10,13 @@
 
 namespace slmfast {
 
+// The sanitizers' build makes every size small, so that a few hundred rows take every way through the join.
+#ifdef SLMFAST_SMALL_JOINS
+constexpr bool kSmallJoins = true;
+#else
+constexpr bool kSmallJoins = false;
+#endif
+
 constexpr int kSpareBits = 2;  // so few bits of a block may be left uncut where another block follows
 
 // How the bits are cut: pairs agree on at least blocks.size() - k of these.
