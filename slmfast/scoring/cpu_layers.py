@@ -30,14 +30,14 @@ def faster_layers(model: nn.Module) -> Iterator[None]:
 
 
 def _faster(module: nn.Module):
-    if _is_gated(module):
+    if is_gated(module):
         return functools.partial(_gated, module)
     if type(module) is nn.Linear and serves(module.weight):
         return functools.partial(_linear, module)
     return None
 
 
-def _is_gated(module: nn.Module) -> bool:
+def is_gated(module: nn.Module) -> bool:
     """Whether a module has the parts of a SwiGLU (Shazeer 2020) as Llama, Qwen2, Mistral and their like name them."""
     parts = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
     return (

@@ -23,12 +23,15 @@ from slmfast.store import atomic_path, digest, model_digest, read_json, remove, 
 from slmfast.training import checkpoint
 from slmfast.training.data import StepOrder, TokenSet, dataset_digest, load_tokens, make_groups
 from slmfast.training.optimizer import make_optimizer, rate_factor
+from slmfast.training.pack_budget import PackBudget, usual_budget
+from slmfast.training.passes import Passes
 from slmfast.training.settings import TrainSettings
 from slmfast.training.trainer import Objective, ShowProgress, StepTrainer
 
 CARD = "training.json"
 LOG = "training_log.json"
-MARK = "run.json"  # in the work folder: whose checkpoints these are
+MARK = "run.json"  # in the work folder: whose checkpoints these are, and the budgets of their packs
+WITHOUT_EFFECT = ("save_steps", "checkpointing", "report_to")  # on a result's bytes
 
 
 @dataclass
@@ -51,7 +54,18 @@ class Run:
         return self.work or self.output.parent / ".work" / self.output.name
 
 
-MakeObjective = Callable[[nn.Module, TokenSet, list[range], torch.device], Objective]
+@dataclass(frozen=True)
+class Setup:
+    """What a run has made of its arguments by the time that an objective is asked for."""
+
+    tokens: TokenSet
+    groups: list[range]
+    order: StepOrder
+    passes: Passes
+    budget: PackBudget
+
+
+MakeObjective = Callable[[nn.Module, Setup], Objective]
 
 
 def train(run: Run, method: str, make_objective: MakeObjective, inputs: dict[str, str] | None = None) -> Path:
@@ -79,32 +93,52 @@ def train(run: Run, method: str, make_objective: MakeObjective, inputs: dict[str
         tokens = load_tokens(run.dataset, load_tokenizer(run.model), settings)
         groups = make_groups(len(tokens), settings.batch_size)
         order = StepOrder(len(groups), settings.accumulation, settings.epochs, run.seed)
-        print(describe(settings, tokens, order), file=sys.stderr)
         arguments = _arguments(run, order)
         model.to(arguments.device)
-        objective = make_objective(model, tokens, groups, arguments.device)
+        passes = Passes(settings.forward, _checkpoints(settings, arguments.device), arguments.device)
+        budget = PackBudget(run.work_folder / MARK, lambda: _pack_tokens(model, settings, passes))
+        print(describe(settings, tokens, order, budget.at(0), passes.checkpointing), file=sys.stderr)
         optimizer = make_optimizer(model, settings, settings.warmup_steps(len(order)))
+        _check_forward(settings, optimizer)
+        objective = make_objective(model, Setup(tokens, groups, order, passes, budget))
         scheduler = LambdaLR(optimizer, rate_factor(settings, len(order)))
-        trainer = StepTrainer(model, objective, order, arguments, (optimizer, scheduler))
+        trainer = StepTrainer(model, objective, order, arguments, (optimizer, scheduler), budget)
         if run.progress:
             trainer.add_callback(ShowProgress(method))
         found = checkpoint.latest(run.work_folder)
         trainer.train(resume_from_checkpoint=str(found) if found else None)
-        _export(run, model, tokens, order, trainer.history())
+        _export(run, model, tokens, order, budget, trainer.history())
     _clear_work(run)
     return run.output
 
 
-def describe(settings: TrainSettings, tokens: TokenSet, order: StepOrder) -> str:
-    """What a run is about to do, in one line: data, step, number of steps, schedule."""
+def describe(settings: TrainSettings, tokens: TokenSet, order: StepOrder, budget: int, checkpointing: bool) -> str:
+    """What a run is about to do, in one line: data, step, number of steps, schedule, packs."""
     warmup, factor = settings.warmup_steps(len(order)), rate_factor(settings, len(order))
     skipped = f" ({tokens.skipped:,} over {settings.max_length} tokens left out)" if tokens.skipped else ""
     return (
         f"train {settings.method}: {len(tokens):,} rows{skipped}; {settings.batch_size} x {settings.accumulation} = "
         f"{settings.effective_batch:,} samples a step; {order.steps_per_epoch:,} steps x {settings.epochs} epochs = "
         f"{len(order):,} steps; {settings.schedule} schedule to {settings.learning_rate:g}, {warmup} warm-up steps, "
-        f"the first at {settings.learning_rate * factor(0):g}; {settings.optimizer}, {settings.forward} forward"
+        f"the first at {settings.learning_rate * factor(0):g}; {settings.optimizer}, {settings.forward} forward, packs "
+        f"of at most {budget:,} tokens{', layers checkpointed' if checkpointing else ''}"
     )
+
+
+def _checkpoints(settings: TrainSettings, device: torch.device) -> bool:
+    return settings.checkpointing == "on" or (settings.checkpointing == "auto" and device.type == "cuda")
+
+
+def _pack_tokens(model: nn.Module, settings: TrainSettings, passes: Passes) -> int:
+    states = 2 if settings.optimizer == "adamw8bit" else 8
+    return settings.pack_tokens or usual_budget(model, passes.checkpointing, states)
+
+
+def _check_forward(settings: TrainSettings, optimizer: torch.optim.Optimizer) -> None:
+    if settings.forward == "split" and not getattr(optimizer, "splits_weights", False):
+        raise UserError(
+            f"forward is 'split', but the optimizer {settings.optimizer} keeps whole weights: set forward to fp32"
+        )
 
 
 def load_model(path: Path) -> nn.Module:
@@ -155,7 +189,7 @@ def _arguments(run: Run, order: StepOrder) -> TrainingArguments:
         remove_unused_columns=False,
         dataloader_pin_memory=False,
         disable_tqdm=True,
-        report_to="none",
+        report_to=run.settings.report_to,
         log_level="error",
         seed=run.seed,
         use_cpu=not torch.cuda.is_available(),
@@ -167,8 +201,8 @@ def _arguments(run: Run, order: StepOrder) -> TrainingArguments:
 
 
 def _fingerprint(run: Run, inputs: dict[str, str]) -> str:
-    """A hash of all that decides the result's bytes; the checkpoints' rhythm does not."""
-    settings = {key: value for key, value in asdict(run.settings).items() if key != "save_steps"}
+    """A hash of all that decides the result's bytes."""
+    settings = {key: value for key, value in asdict(run.settings).items() if key not in WITHOUT_EFFECT}
     versions = [torch.__version__, transformers.__version__]
     data = dataset_digest(run.dataset)
     return digest([model_digest(run.model), data, inputs, settings, run.seed, torch.get_num_threads(), versions])
@@ -231,7 +265,14 @@ def _positions(model: Path, settings: TrainSettings) -> int:
     return read_json(model / "config.json").get("max_position_embeddings") or settings.max_length
 
 
-def _export(run: Run, model: nn.Module, tokens: TokenSet, order: StepOrder, history: list[dict[str, float]]) -> None:
+def _export(
+    run: Run,
+    model: nn.Module,
+    tokens: TokenSet,
+    order: StepOrder,
+    budget: PackBudget,
+    history: list[dict[str, float]],
+) -> None:
     """Writes the complete model folder: fp32 weights, config, tokenizer, card and log."""
     parameters = dict(sorted(model.named_parameters()))
     card = {
@@ -242,6 +283,7 @@ def _export(run: Run, model: nn.Module, tokens: TokenSet, order: StepOrder, hist
         "rows_over_the_window": tokens.skipped,
         "steps": len(order),
         "steps_per_epoch": order.steps_per_epoch,
+        "pack_tokens": budget.history,
         "fingerprint": run.fingerprint,
     }
     if run.settings.forward != "fp32":
