@@ -3,7 +3,8 @@
 - The gradient of a weight is added into its `.grad` where it is made, so that no pack makes a second copy of it; for
   the tied embedding of Qwen2-0.5B that would be 545 MB, nearly all of it zero.
 - On a CPU products go through oneDNN, and a gated MLP keeps what its two inner products give and nothing else.
-- With checkpointing a decoder layer keeps its input alone and runs again when its gradient is taken.
+- With checkpointing a decoder layer keeps its input alone and runs again when its gradient is taken. The last one does
+  not: its turn comes first.
 
 All other layers are the model's own code.
 
@@ -35,13 +36,15 @@ def training_layers(model: nn.Module, *, plain_fp32: bool, checkpointing: bool) 
         checkpointing: decoder layers run again in the backward pass.
     """
     changed = []
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    again = set(layers[:-1]) if checkpointing else set()
     with torch.no_grad():  # oneDNN serves only there, as it does within these functions
         for module in model.modules():
             forward = _embedding(module)
             if forward is None and plain_fp32:
                 forward = _product(module)
-            if forward is None and checkpointing:
-                forward = _checkpointed(module)
+            if module in again:
+                forward = functools.partial(checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False)
             if forward is not None and "forward" not in vars(module):  # what others have put there stays
                 module.forward = forward
                 changed.append(module)
@@ -69,12 +72,6 @@ def _add_product(weight: Tensor, gradient: Tensor, x: Tensor) -> None:
         weight.grad.addmm_(gradient.T, x)
 
 
-def _checkpointed(module: nn.Module) -> Forward | None:
-    if not isinstance(module, GradientCheckpointingLayer):
-        return None
-    return functools.partial(checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False)
-
-
 def _embedding(module: nn.Module) -> Forward | None:
     if type(module) is not nn.Embedding or module.max_norm is not None or module.scale_grad_by_freq or module.sparse:
         return None
@@ -83,12 +80,18 @@ def _embedding(module: nn.Module) -> Forward | None:
 
 def _product(module: nn.Module) -> Forward | None:
     if is_gated(module):
-        gate, up, down = module.gate_proj, module.up_proj, module.down_proj
-        if gate.bias is up.bias is down.bias is None:
-            return lambda x: _Gated.apply(x, gate.weight, up.weight, down.weight)
-    if type(module) is nn.Linear and serves(module.weight):
+        parts = module.gate_proj, module.up_proj, module.down_proj
+        if all(_is_product(part) and part.bias is None for part in parts):
+            return lambda x: _Gated.apply(x, *(part.weight for part in parts))
+    if _is_product(module):
         return lambda x: _Linear.apply(x, module.weight, module.bias)
     return None
+
+
+def _is_product(module: nn.Module) -> bool:
+    """Whether a layer is a product that oneDNN serves, and does nothing else."""
+    bare = type(module) is nn.Linear and not (module._forward_hooks or module._forward_pre_hooks)
+    return bare and "forward" not in vars(module) and serves(module.weight)
 
 
 # A parameter is kept as an attribute of its context: what checkpointing gives back for a saved tensor is another
