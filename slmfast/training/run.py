@@ -1,5 +1,7 @@
 """One training run from its arguments to a complete model folder: what SFT and KTO share."""
 
+import errno
+import importlib.util
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -77,9 +79,10 @@ def train(run: Run, method: str, make_objective: MakeObjective, inputs: dict[str
     if settings.method != method:
         raise UserError(f"method is {settings.method!r} in the settings of train_{method}: set it to {method!r}")
     _check_seed(run)
+    _check_report(settings)
     check_model_folder(run.model)
     check_output(run.output, CARD, [run.model, run.dataset])
-    with _threads(run.threads), _quiet_transformers():
+    with _threads(run.threads), _quiet_transformers(), _full_disk_named(run):
         run.fingerprint = _fingerprint(run, inputs or {})
         if _is_done(run):
             if _work_owner(run) == run.fingerprint:  # killed when all was done but this
@@ -214,6 +217,13 @@ def _check_seed(run: Run) -> None:
     run.seed = int(run.seed)
 
 
+def _check_report(settings: TrainSettings) -> None:
+    """Refuses to report to what is not installed; transformers would find that out in the middle of its start."""
+    packages = {"none": (), "tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}[settings.report_to]
+    if packages and not any(importlib.util.find_spec(package) for package in packages):
+        raise UserError(f"report_to is {settings.report_to!r}, which is not installed: pip install {packages[0]}")
+
+
 def _check_names(path: Path, model: nn.Module) -> None:
     """Refuses, before any work, a model whose files name their tensors otherwise than the result would."""
     with ModelWeights(path) as base:
@@ -321,6 +331,20 @@ def _threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def _full_disk_named(run: Run) -> Iterator[None]:
+    """Turns a disk without room into one line; what is half-written goes, and what was whole before stays."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(
+            f"no room is left on the disk for {run.output} or its checkpoints in {run.work_folder}: free some and "
+            "start the same run again, which goes on from the last checkpoint"
+        ) from error
 
 
 @contextmanager

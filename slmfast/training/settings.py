@@ -83,7 +83,8 @@ class TrainSettings:
     "off", or "auto", which is on on CUDA alone. The result is the same to the bit."""
 
     report_to: str = "none"
-    """Where transformers' Trainer also reports to: "tensorboard", "wandb" or "none"."""
+    """Where transformers' Trainer also reports to: "tensorboard" (below `runs/` in the work folder, or where the
+    environment variable TENSORBOARD_LOGGING_DIR says), "wandb" or "none"."""
 
     def __post_init__(self) -> None:
         if isinstance(self.checkpointing, bool):  # YAML reads on and off as such
