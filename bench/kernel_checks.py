@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from gradient_checks import check_gradients
 from torch import Tensor
 
 LITTLE = 1e-5  # nats a token
@@ -25,6 +26,7 @@ class Kernel:
     name: str
     module: str
     function: str = "linear_logprob"
+    gradients: bool = False  # whether its gradients are what is checked
 
     def load(self) -> Callable[..., Any] | None:
         """The callable (hidden, weight, targets) and perhaps entropy=True; None where this checkout has none."""
@@ -40,6 +42,7 @@ KERNELS = (
     Kernel("linear_logprob, fused", "slmfast.kernels.linear_logprob"),
     Kernel("linear_logprob, tiled", "slmfast.kernels.tiled_logprob"),
     Kernel("linear_logprob, as scoring chooses it", "slmfast.scoring.head"),
+    Kernel("head_gradients", "slmfast.kernels.head_op", "accumulating_logprob", gradients=True),
 )
 
 
@@ -83,6 +86,12 @@ def check_all(
         call = kernel.load()
         if call is None:
             rows.append(_missing(kernel, f"{kernel.module} is not in this checkout"))
+            continue
+        if kernel.gradients:
+            for case in cases:
+                common = {"kernel": kernel.name, "case": case.described()}
+                with poisoned():
+                    rows += [common | row for row in check_gradients(*inputs(case, device, seed))]
             continue
         gives_entropy = "entropy" in inspect.signature(call).parameters
         if not gives_entropy:

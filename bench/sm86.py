@@ -6,8 +6,9 @@ A kernel fails the gate where a block needs more shared memory than the device h
 registers, or where 16-bit products don't reach the tensor cores.
 
     python bench/sm86.py                         the gate: a table, then a line of JSON; exit code 1 if a kernel fails
-    python bench/sm86.py --tiles 128 256 32 8 3  the same for other block sizes of the fused head in bf16 (BLOCK_N,
-                                                 BLOCK_V, BLOCK_H, warps, stages), before launch.py names them
+    python bench/sm86.py --tiles 128 256 32 8 3  the same for other block sizes of the fused head in bf16, forward and
+                                                 backward (BLOCK_N, BLOCK_V, BLOCK_H, warps, stages), before launch.py
+                                                 names them
 """
 
 import argparse
@@ -26,8 +27,8 @@ from machine_code import MachineCode, disassembled
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from slmfast.kernels import linear_logprob, tiled_logprob
-from slmfast.kernels.launch import FOLD, LIMITS, FusedTiles, fused_tiles
+from slmfast.kernels import linear_logprob, tiled_backward, tiled_logprob
+from slmfast.kernels.launch import FOLD, GRADIENT, LIMITS, FusedTiles, fused_tiles, product_tiles
 
 TYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
 # H decides on a mask along it and on wide loads: a multiple of every BLOCK_H, as published models have, a multiple of
@@ -72,6 +73,12 @@ def configurations(capability: int, tiles: tuple[FusedTiles, ...] | None = None)
             for blocks in tiles or fused_tiles(divmod(capability, 10), size, width):
                 for entropy in (False, True):
                     yield _fused(dtype, blocks, entropy, width)
+                yield _recompute(dtype, blocks, width)
+            for transposed in (False, True) if tiles is None else ():
+                for odd in (False, True):
+                    yield _product(dtype, transposed, odd, width)
+        if tiles is None:
+            yield _gradient(dtype)
     for entropy in (False, True) if tiles is None else ():
         yield _fold(entropy)
 
@@ -90,6 +97,57 @@ def _fused(dtype: str, blocks: FusedTiles, entropy: bool, width: int) -> Configu
         constants={"ENTROPY": entropy, "EVEN_H": width % blocks.block_h == 0, "PRECISION": "ieee"} | blocks.constants,
         options=blocks.options,
         tensor_cores=TYPES[dtype] == 2,
+    )
+
+
+def _recompute(dtype: str, blocks: FusedTiles, width: int) -> Configuration:
+    strides = ("stride_hidden", "stride_weight", "stride_gradient")
+    return Configuration(
+        name="recompute_gradient",
+        config=f"{dtype} {blocks.name}{WIDTHS[width]}",
+        function=tiled_backward._recompute_kernel,
+        arguments=dict.fromkeys(("hidden_ptr", "weight_ptr", "gradient_ptr"), f"*{dtype}")
+        | {"targets_ptr": "*i64", "log_sum_exp_ptr": "*fp32", "grad_ptr": "*fp32"}
+        | dict.fromkeys(("N", "T", "H", "begin", *strides), "i32"),
+        unaligned={"N", "T", "begin"} | (set() if width % 16 == 0 else {"H", "stride_hidden", "stride_weight"}),
+        constants={"EVEN_H": width % blocks.block_h == 0, "PRECISION": "ieee"}
+        | {name: size for name, size in blocks.constants.items() if name != "STRETCH"},
+        options=blocks.options,
+        tensor_cores=TYPES[dtype] == 2,
+    )
+
+
+def _product(dtype: str, transposed: bool, odd: bool, width: int) -> Configuration:
+    """grad_hidden, or grad_weight where transposed; `odd` where 16 does not divide the tile's words."""
+    blocks = product_tiles(TYPES[dtype], width)
+    words = {"M" if transposed else "J"} if odd else set()
+    return Configuration(
+        name="grad_weight" if transposed else "grad_hidden",
+        config=f"{dtype} {blocks.name}{WIDTHS[width]}{' odd vocabulary' * odd}",
+        function=tiled_backward._product_kernel,
+        arguments={"total_ptr": "*fp32", "a_ptr": f"*{dtype}", "b_ptr": f"*{dtype}", "factor_ptr": "*fp32"}
+        | dict.fromkeys(("M", "J", "K", "stride_total", "stride_a", "stride_b"), "i32"),
+        unaligned={"J" if transposed else "M"}
+        | words
+        | (set() if width % 16 == 0 else {"K", "stride_total", "stride_b"}),
+        constants={"TRANSPOSED": transposed, "PRECISION": "ieee"} | blocks.constants,
+        options=blocks.options,
+        tensor_cores=TYPES[dtype] == 2,
+    )
+
+
+def _gradient(dtype: str) -> Configuration:
+    return Configuration(
+        name="gradient_of_logits",
+        config=f"{dtype} {GRADIENT.name}",
+        function=tiled_backward._gradient_kernel,
+        arguments={"logits_ptr": "*fp32", "targets_ptr": "*i64", "log_sum_exp_ptr": "*fp32", "grad_ptr": "*fp32"}
+        | {"gradient_ptr": f"*{dtype}"}
+        | dict.fromkeys(("N", "T", "begin", "stride"), "i32"),
+        unaligned={"N", "begin"},
+        constants=GRADIENT.constants,
+        options=GRADIENT.options,
+        tensor_cores=False,
     )
 
 

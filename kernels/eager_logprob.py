@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .cpu_products import linear, serves
 from .reference import check_shapes, check_targets
+from .sums import LogSums
 
 POSITIONS = 1024  # rows of one tile of logits
 VOCABULARY = 2048  # columns of one tile: with 1024 rows 8 MiB of fp32, which stay in a processor's last cache
@@ -37,22 +38,60 @@ def linear_logprob(
     Raises:
         ValueError: the shapes don't fit, or a target is no row of `weight`.
     """
+    return log_sums(hidden, weight, targets, entropy=entropy).found(entropy)
+
+
+@torch.no_grad()
+def log_sums(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    entropy: bool = False,
+    keep: int = 0,
+    kept: list[Tensor] | None = None,
+) -> LogSums:
+    """What `linear_logprob` needs of the logits, in the order of its arguments.
+
+    A backward pass wants the logits again. The first `keep` bytes of them are added to the list `kept`: for each tile
+    its exp(l - m), fp32 [rows, columns], and the m that this was computed with, fp32 [rows].
+    """
     check_shapes(hidden, weight, targets)
     check_targets(targets, len(weight))
-    logprob, spread = (torch.empty(len(targets), dtype=torch.float32, device=hidden.device) for _ in range(2))
+    sums = LogSums(*torch.empty(4, len(targets), dtype=torch.float32, device=hidden.device))
     tile = (min(POSITIONS, len(targets)) * min(VOCABULARY, len(weight)),)
     buffers = torch.empty(2 if entropy else 1, *tile, dtype=torch.float32, device=hidden.device)
-    rounded = torch.empty(tile, dtype=torch.bfloat16) if _in_bf16(hidden, weight) else None
+    rounded = torch.empty(tile, dtype=torch.bfloat16) if in_bf16(hidden, weight) else None
+    shapes = iter(kept_shapes(len(targets), len(weight), keep))
     for start in range(0, len(targets), POSITIONS):
         rows = slice(start, start + POSITIONS)
         state = _Positions(hidden[rows], weight, targets[rows], entropy)
         for begin in range(0, len(weight), VOCABULARY):
-            state.absorb(begin, buffers, rounded)
-        logprob[rows], spread[rows] = state.result()
-    return (logprob, spread) if entropy else logprob
+            shape = next(shapes, None)
+            own = buffers if shape is None else buffers.new_empty(1, shape[0] * shape[1])
+            exponentials = state.absorb(begin, own, rounded)
+            if shape is not None:
+                kept += [exponentials, state.maximum]
+        for whole, part in zip(sums, state.sums(), strict=True):
+            whole[rows] = part
+    return sums
 
 
-def _in_bf16(hidden: Tensor, weight: Tensor) -> bool:
+def kept_shapes(count: int, vocabulary: int, keep: int) -> list[tuple[int, int]]:
+    """Rows and columns of the first tiles of N x V logits, as many as `keep` bytes hold."""
+    shapes = []
+    for start in range(0, count, POSITIONS):
+        for begin in range(0, vocabulary, VOCABULARY):
+            shape = (min(POSITIONS, count - start), min(VOCABULARY, vocabulary - begin))
+            keep -= 4 * shape[0] * shape[1]
+            if keep < 0:
+                return shapes
+            shapes.append(shape)
+    return shapes
+
+
+def in_bf16(hidden: Tensor, weight: Tensor) -> bool:
+    """Whether the processor multiplies these in bf16."""
     both = hidden.dtype == weight.dtype == torch.bfloat16
     return both and hidden.device.type == "cpu" and _has_bf16_instructions()
 
@@ -74,14 +113,14 @@ class _Positions:
         self.total, self.weighted = self.wide.new_zeros(2, len(hidden))
         self.picked = self.wide.new_full((len(hidden),), torch.nan)
 
-    def absorb(self, begin: int, buffers: Tensor, rounded: Tensor | None) -> None:
-        """Takes the tile of logits that starts at row `begin` of the vocabulary into the sums."""
+    def absorb(self, begin: int, buffers: Tensor, rounded: Tensor | None) -> Tensor:
+        """Takes the tile of logits that starts at row `begin` of the vocabulary into the sums; returns its exp(l - m).
+
+        `buffers` are memory for it, fp32 [1 or 2, at least its size], and `rounded`, bf16, where products are bf16.
+        """
         rows = self.weight[begin : begin + VOCABULARY]
-        shape = (len(self.hidden), len(rows))
-        tile, *spare = (x[: shape[0] * shape[1]].view(shape) for x in buffers)
-        column = self.targets - begin
-        here = ((column >= 0) & (column < len(rows))).nonzero()[:, 0]
-        column = column[here]
+        here, column = hits(self.targets, begin, len(rows))
+        tile, *spare = (x[: len(self.hidden) * len(rows)].view(len(self.hidden), len(rows)) for x in buffers)
         if rounded is None:
             rows = rows.float()
             if serves(self.wide, rows):
@@ -89,8 +128,7 @@ class _Positions:
             else:
                 torch.mm(self.wide, rows.T, out=tile)
         else:
-            self._product_in_bf16(rows, rounded[: tile.numel()].view(shape), tile)
-            tile[here, column] = _exact(self.wide[here], rows[column])
+            logits_in_bf16(self.hidden, self.wide, rows, here, column, rounded, tile)
         self.picked[here] = tile[here, column]
         higher = torch.maximum(self.maximum, tile.amax(1))
         # Before the first tile the maximum is -inf and the sum 0, whose product would be NaN.
@@ -104,17 +142,38 @@ class _Positions:
             exponentials = tile.exp_()
         self.total = self.total * shrink + exponentials.sum(1)
         self.maximum = higher
+        return exponentials
 
-    def _product_in_bf16(self, rows: Tensor, rounded: Tensor, tile: Tensor) -> None:
-        """The logits of a tile, rounded to bf16 but for the largest of each position."""
-        torch.mm(self.hidden, rows.T, out=rounded)
-        tile.copy_(rounded)
-        largest = tile.argmax(1)
-        tile.scatter_(1, largest[:, None], _exact(self.wide, rows[largest])[:, None])
+    def sums(self) -> LogSums:
+        """What is known once the whole vocabulary is in."""
+        return LogSums(self.picked, self.maximum, self.total, self.weighted)
 
-    def result(self) -> tuple[Tensor, Tensor]:
-        """Log-probabilities of the targets and entropies, once the whole vocabulary is in."""
-        return (self.picked - self.maximum) - self.total.log(), self.total.log() - self.weighted / self.total
+
+def hits(targets: Tensor, begin: int, width: int) -> tuple[Tensor, Tensor]:
+    """Which positions have their target in the tile of `width` words from `begin` on, and in which column of it."""
+    column = targets - begin
+    here = ((column >= 0) & (column < width)).nonzero()[:, 0]
+    return here, column[here]
+
+
+def logits_in_bf16(
+    hidden: Tensor, wide: Tensor, rows: Tensor, here: Tensor, column: Tensor, rounded: Tensor, tile: Tensor
+) -> None:
+    """The logits of a tile [n, v], rounded to bf16 but for targets' and the largest of each position.
+
+    Args:
+        hidden: bf16 [n, H], and `wide` the same in fp32.
+        rows: bf16 [v, H], the tile's words.
+        here: the positions whose target lies in this tile, and `column` where.
+        rounded: bf16, room for the tile.
+        tile: fp32 [n, v], the result.
+    """
+    rounded = rounded[: tile.numel()].view(tile.shape)
+    torch.mm(hidden, rows.T, out=rounded)
+    tile.copy_(rounded)
+    largest = tile.argmax(1)
+    tile.scatter_(1, largest[:, None], _exact(wide, rows[largest])[:, None])
+    tile[here, column] = _exact(wide[here], rows[column])
 
 
 def _exact(hidden: Tensor, rows: Tensor) -> Tensor:

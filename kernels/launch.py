@@ -134,8 +134,140 @@ def tiled_shape(count: int, vocabulary: int, tile_bytes: int) -> tuple[int, int]
 
 
 def transient_bytes(count: int, vocabulary: int) -> int:
-    """The most that any CUDA path holds beside its inputs and results, in bytes; for plans of memory."""
+    """The most that any CUDA forward holds beside its inputs and results, in bytes; for plans of memory.
+
+    A plan sees the backward's memory by itself, since it is given to the operator (`backward_workspace`).
+    """
     rows, columns = tiled_shape(count, vocabulary, max(TILED_BYTES))
     state = 4 * 4 * count  # four fp32 numbers a position
     stretches = -(-vocabulary // FusedTiles.stretch)
     return max(4 * rows * columns + state, stretches * 3 * 4 * count + state)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientTiles:
+    """The configuration of the kernel that turns a tile of logits into their gradient."""
+
+    block_n: int = 4  # positions of a program: one a warp
+    block_v: int = 512  # logits of a position
+    warps: int = 4
+
+    @property
+    def name(self) -> str:
+        """The configuration in one word."""
+        return f"{self.block_n}x{self.block_v}/w{self.warps}"
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """The kernel's compile-time arguments."""
+        return {"BLOCK_N": self.block_n, "BLOCK_V": self.block_v}
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Triton's launch options."""
+        return {"num_warps": self.warps}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProductTiles:
+    """The configuration of the kernel that adds a product to a gradient."""
+
+    block_m: int  # rows of the gradient of a program
+    block_k: int  # its columns, along the hidden width
+    block_j: int  # one step of the product
+    warps: int
+    stages: int
+
+    @property
+    def name(self) -> str:
+        """The configuration in one word."""
+        return f"{self.block_m}x{self.block_k}x{self.block_j}/w{self.warps}s{self.stages}"
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """The kernel's compile-time arguments."""
+        return {"BLOCK_M": self.block_m, "BLOCK_K": self.block_k, "BLOCK_J": self.block_j}
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Triton's launch options."""
+        return {"num_warps": self.warps, "num_stages": self.stages}
+
+
+GRADIENT = GradientTiles()
+_PRODUCT = {
+    2: ProductTiles(block_m=128, block_k=128, block_j=32, warps=8, stages=3),
+    4: ProductTiles(block_m=64, block_k=64, block_j=32, warps=4, stages=2),
+}
+_PRODUCT_UNALIGNED = {
+    2: ProductTiles(block_m=64, block_k=128, block_j=32, warps=8, stages=2),
+    4: ProductTiles(block_m=64, block_k=32, block_j=32, warps=4, stages=2),
+}
+
+
+def product_tiles(element_size: int, divisor: int) -> ProductTiles:
+    """The configuration of the product kernel for 2 or 4 bytes an element; `divisor` as in `fused_tiles`."""
+    return (_PRODUCT_UNALIGNED if divisor % 16 else _PRODUCT)[element_size]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackwardTiles:
+    """How the backward computes a tile of gradients, and what it adds: by a kernel of ours, or by cuBLAS (None)."""
+
+    recompute: FusedTiles | None
+    product: ProductTiles | None
+
+    @property
+    def name(self) -> str:
+        """Both in a few words."""
+        return " + ".join("cuBLAS" if tiles is None else tiles.name for tiles in (self.recompute, self.product))
+
+
+def backward_tiles(capability: tuple[int, int], element_size: int, divisor: int) -> tuple[BackwardTiles, ...]:
+    """The ways through the backward worth trying on a device; arguments as in `fused_tiles`."""
+    return tuple(
+        BackwardTiles(recompute=recompute, product=product)
+        for recompute in (*fused_tiles(capability, element_size, divisor), None)
+        for product in (product_tiles(element_size, divisor), None)
+    )
+
+
+# fp32 logits of one tile of the backward: 4096 positions by 4096 words. A product adds to fp32 results in memory once
+# a tile, which at this size costs a fortieth of the time, by the rates of a 3090.
+BACKWARD_BYTES = 64 * MIB
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workspace:
+    """The memory of the backward beside its results, in bytes of each part."""
+
+    rows: int  # positions of one tile
+    columns: int  # its vocabulary rows
+    logits: int
+    gradient: int  # of the logits, in the inputs' dtype; fp32 takes the logits' own memory
+    total: int  # the hidden states' gradients of one tile in fp32
+    product: int  # what cuBLAS multiplies before it is added; fp32 is added in place
+
+    @property
+    def bytes(self) -> int:
+        """All parts, one after the other."""
+        return self.logits + self.gradient + self.total + self.product
+
+
+def padded(columns: int) -> int:
+    """The next multiple of 16: a row of a tile starts where kernels and cuBLAS load fast."""
+    return -(-columns // 16) * 16
+
+
+def backward_workspace(count: int, width: int, vocabulary: int, element_size: int) -> Workspace:
+    """What the CUDA backward needs for N positions, H and V; element_size is 2 or 4 bytes."""
+    rows, columns = tiled_shape(count, vocabulary, BACKWARD_BYTES)
+    elements, half = rows * padded(columns), element_size == 2
+    parts = {
+        "logits": 4 * elements,
+        "gradient": 2 * elements if half else 0,
+        "total": 4 * rows * width,
+        "product": 4 * max(rows, columns) * width if half else 0,
+    }
+    # each part starts at a multiple of 256 bytes, as memory of its own would
+    return Workspace(rows=rows, columns=columns, **{name: -(-size // 256) * 256 for name, size in parts.items()})

@@ -16,7 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import SM86, FusedTiles, fused_tiles
-from .online import INTERPRETED, absorb, check_kernel_inputs
+from .online import INTERPRETED, absorb, check_kernel_inputs, product
+from .sums import LogSums
 
 
 @triton.jit
@@ -54,18 +55,9 @@ def _stretch_kernel(
     for begin in range(first, tl.minimum(first + STRETCH, V), BLOCK_V):
         columns = begin + tl.arange(0, BLOCK_V)
         weight_columns = weight_ptr + columns.to(tl.int64)[None, :] * stride_weight
-        logits = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
-        for start in range(0, H, BLOCK_H):
-            inner = start + tl.arange(0, BLOCK_H)
-            if EVEN_H:
-                a = tl.load(hidden_rows + inner[None, :], mask=real[:, None], other=0.0)
-                b = tl.load(weight_columns + inner[:, None], mask=(columns < V)[None, :], other=0.0)
-            else:
-                a = tl.load(hidden_rows + inner[None, :], mask=real[:, None] & (inner < H)[None, :], other=0.0)
-                b = tl.load(
-                    weight_columns + inner[:, None], mask=(columns < V)[None, :] & (inner < H)[:, None], other=0.0
-                )
-            logits = tl.dot(a, b, logits, input_precision=PRECISION)
+        logits = product(
+            hidden_rows, weight_columns, real, columns < V, H, EVEN_H, PRECISION, BLOCK_N, BLOCK_V, BLOCK_H
+        )
         logits = tl.where((columns < V)[None, :], logits, float("-inf"))
         maximum, total, weighted = absorb(logits, maximum, total, weighted, ENTROPY)
         picked += tl.sum(tl.where(columns[None, :] == targets[:, None], logits, 0.0), 1)
@@ -98,6 +90,14 @@ def linear_logprob(
     Raises:
         ValueError: shapes, dtypes or devices don't fit.
     """
+    return log_sums(hidden, weight, targets, entropy=entropy, tiles=tiles).found(entropy)
+
+
+@torch.no_grad()
+def log_sums(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, entropy: bool = False, tiles: FusedTiles | None = None
+) -> LogSums:
+    """What `linear_logprob` needs of the logits; it has the same arguments."""
     check_kernel_inputs(hidden, weight, targets)
     tiles = tiles or choices(hidden, weight)[0]
     if INTERPRETED:
@@ -112,15 +112,20 @@ def linear_logprob(
     picked = torch.full((count,), torch.nan, dtype=torch.float32, device=hidden.device)
     if count:
         _launch(hidden, weight, targets, (maximum, total, weighted, picked), entropy, tiles)
-    return _join(maximum, total, weighted if entropy else None, picked)
+    return _join(maximum, total, weighted, picked)
 
 
 def choices(hidden: Tensor, weight: Tensor) -> tuple[FusedTiles, ...]:
     """The block sizes worth trying for hidden [N, H] and weight [V, H] on their device."""
+    return fused_tiles(*tiling_of(hidden, weight))
+
+
+def tiling_of(hidden: Tensor, weight: Tensor) -> tuple[tuple[int, int], int, int]:
+    """What decides on block sizes: the device's capability, an element's bytes, and what divides H and the strides."""
     capability = torch.cuda.get_device_capability(hidden.device) if hidden.is_cuda else SM86
     # A matrix whose rows are not contiguous is copied first.
     strides = [x.stride(0) for x in (hidden, weight) if x.stride(1) == 1]
-    return fused_tiles(capability, hidden.element_size(), math.gcd(hidden.shape[1], *strides))
+    return capability, hidden.element_size(), math.gcd(hidden.shape[1], *strides)
 
 
 def _launch(
@@ -148,13 +153,12 @@ def _launch(
         )
 
 
-def _join(maximum: Tensor, total: Tensor, weighted: Tensor | None, picked: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-    """Log-probabilities, and entropies if asked, fp32 [N], from what the stretches [S, N] and targets [N] left."""
+def _join(maximum: Tensor, total: Tensor, weighted: Tensor, picked: Tensor) -> LogSums:
+    """One state of each position [N] from those that the stretches left [S, N]."""
     highest = maximum.amax(0)
     drop = maximum - highest
     whole = (total * drop.exp()).sum(0)
-    logprob = (picked - highest) - whole.log()
-    if weighted is None:
-        return logprob
-    # A stretch's sum of exp(l - m) (l - m) about its own maximum m, moved to the highest.
-    return logprob, whole.log() - ((weighted + drop * total) * drop.exp()).sum(0) / whole
+    if weighted is not total:
+        # A stretch's sum of exp(l - m) (l - m) about its own maximum m, moved to the highest.
+        weighted = ((weighted + drop * total) * drop.exp()).sum(0)
+    return LogSums(picked, highest, whole, weighted)

@@ -1,9 +1,11 @@
-"""What the Triton kernels of the LM head share: the on-line log-sum-exp, and what may enter.
+"""What the Triton kernels of the LM head share: a tile of logits, the on-line log-sum-exp, and what may enter.
 
 Shapes: N positions, H hidden width, V vocabulary.
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import triton
@@ -14,6 +16,33 @@ from .reference import check_shapes
 
 # Triton reads this when a kernel is decorated; with it set, kernels run on CPU tensors in numpy.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@triton.jit
+def product(
+    hidden_rows,  # [BLOCK_N, 1], pointers to rows of hidden
+    weight_columns,  # [1, BLOCK_V], pointers to rows of the weight
+    real,  # [BLOCK_N], which rows there are
+    inside,  # [BLOCK_V], which words there are
+    H,
+    EVEN_H: tl.constexpr,  # BLOCK_H divides H: no mask along it
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """The logits of one tile, fp32 [BLOCK_N, BLOCK_V]; 0 where there is no row or no word."""
+    logits = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+    for start in range(0, H, BLOCK_H):
+        inner = start + tl.arange(0, BLOCK_H)
+        if EVEN_H:
+            a = tl.load(hidden_rows + inner[None, :], mask=real[:, None], other=0.0)
+            b = tl.load(weight_columns + inner[:, None], mask=inside[None, :], other=0.0)
+        else:
+            a = tl.load(hidden_rows + inner[None, :], mask=real[:, None] & (inner < H)[None, :], other=0.0)
+            b = tl.load(weight_columns + inner[:, None], mask=inside[None, :] & (inner < H)[:, None], other=0.0)
+        logits = tl.dot(a, b, logits, input_precision=PRECISION)
+    return logits
 
 
 @triton.jit
@@ -44,3 +73,15 @@ def check_kernel_inputs(hidden: Tensor, weight: Tensor, targets: Tensor) -> None
         raise ValueError(f"hidden, weight and targets lie on {hidden.device}, {weight.device} and {targets.device}")
     if not (hidden.is_cuda or INTERPRETED):
         raise ValueError(f"the kernel runs on CUDA, not on {hidden.device}: use slmfast.kernels.reference there")
+
+
+@contextmanager
+def full_fp32() -> Iterator[None]:
+    """No TF32 in the products of this block, whatever the process has allowed."""
+    matmul = torch.backends.cuda.matmul
+    allowed = matmul.fp32_precision
+    matmul.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = allowed

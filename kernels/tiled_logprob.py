@@ -7,16 +7,14 @@ Shapes: N positions, H hidden width, V vocabulary; T vocabulary rows of a tile. 
 `reference.linear_logprob`.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .launch import FOLD, TILED_BYTES, tiled_shape
-from .online import INTERPRETED, absorb, check_kernel_inputs
+from .online import INTERPRETED, absorb, check_kernel_inputs, full_fp32
+from .sums import LogSums
 
 
 # Begin differs with every tile: specialised for its divisors, the kernel would be compiled several times.
@@ -78,6 +76,14 @@ def linear_logprob(
     Raises:
         ValueError: shapes, dtypes or devices don't fit.
     """
+    return log_sums(hidden, weight, targets, entropy=entropy, tile_bytes=tile_bytes).found(entropy)
+
+
+@torch.no_grad()
+def log_sums(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, entropy: bool = False, tile_bytes: int = TILED_BYTES[-1]
+) -> LogSums:
+    """What `linear_logprob` needs of the logits; it has the same arguments."""
     check_kernel_inputs(hidden, weight, targets)
     if INTERPRETED:
         hidden, weight = hidden.float(), weight.float()
@@ -86,13 +92,12 @@ def linear_logprob(
     state[0], state[3] = -torch.inf, torch.nan
     height, _ = tiled_shape(len(hidden), len(weight), tile_bytes)
     targets = targets.contiguous()
-    with torch.cuda.device(hidden.device if hidden.is_cuda else -1), _full_fp32():
+    with torch.cuda.device(hidden.device if hidden.is_cuda else -1), full_fp32():
         for start in range(0, len(hidden), height):
             rows = slice(start, start + height)
             _fold_rows(hidden[rows], weight, targets[rows], [x[rows] for x in state], entropy, tile_bytes)
     maximum, total, weighted, picked = state
-    logprob = (picked - maximum) - total.log()
-    return (logprob, total.log() - weighted / total) if entropy else logprob
+    return LogSums(picked, maximum, total, weighted)
 
 
 def _fold_rows(
@@ -112,15 +117,3 @@ def _fold_rows(
         _fold_kernel[(triton.cdiv(count, FOLD.block_n),)](
             logits, targets, *state, count, len(rows), begin, ENTROPY=entropy, **FOLD.constants, **FOLD.options
         )
-
-
-@contextmanager
-def _full_fp32() -> Iterator[None]:
-    """No TF32 in the products of this block, whatever the process has allowed."""
-    matmul = torch.backends.cuda.matmul
-    allowed = matmul.fp32_precision
-    matmul.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = allowed

@@ -61,10 +61,15 @@ def test_every_kernel_that_ships_passes():
     assert of_target["sm_86"] <= of_target["sm_90"]
     # with and without entropy: two sizes of bf16 and fp16 and one of fp32 for even and masked widths each, one size of
     # each dtype for unaligned widths, and the fold
-    assert len(of_target["sm_86"]) == 2 * (2 * (2 + 2 + 1) + 3 + 1)
+    forward = 2 * (2 * (2 + 2 + 1) + 3 + 1)
+    # the same sizes to recompute; products for three dtypes, three kinds of width, both gradients, both kinds of
+    # vocabulary; the gradient of logits for three dtypes
+    assert len(of_target["sm_86"]) == forward + (2 * (2 + 2 + 1) + 3) + 3 * 3 * 2 * 2 + 3
     for row in rows:
-        assert 0 < row["registers"] <= 255 and row["spills"] == 0
-        assert (row["mma"] > 0) == ("bf16" in row["config"] or "fp16" in row["config"])
+        # what recomputes may spill, once, outside of its loop
+        assert 0 < row["registers"] <= 255 and row["spills"] <= (4 if row["name"] == "recompute_gradient" else 0)
+        multiplies = row["name"] not in ("fold_logits", "gradient_of_logits")
+        assert (row["mma"] > 0) == (multiplies and row["config"].startswith(("bf16", "fp16")))
         if row["target"] == "sm_86":
             assert row["shared"] <= 101_376
 

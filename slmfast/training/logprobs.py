@@ -1,25 +1,26 @@
-"""Log-probabilities of completions in packs, with gradients or without, the head applied where a target asks for it.
+"""Log-probabilities of completions in packs, to train with; the head is applied where a target asks for it.
 
 In an instruction set about half of the tokens belong to prompts. The LM head is the largest matrix of a small model,
-so it is not multiplied where no label asks for it, and its logits exist for one slice of positions at a time.
+so it is not multiplied where no label asks for it, and no logits of the whole vocabulary exist.
 """
 
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from slmfast.kernels.head_op import accumulating_logprob
 from slmfast.scoring.batches import Batch
-
-LOGITS_PER_SLICE = 1 << 26  # 256 MiB of fp32 logits alive at once
+from slmfast.training.layers import gradient_of
 
 
 def target_logprobs(model: nn.Module, batch: Batch, forward: str) -> Tensor:
     """The natural log-probability of every target of a pack, fp32 [T], with the forward pass in that precision."""
     with forward_precision(forward, batch.input_ids.device):
         hidden = batch.hidden(model)
-    return head_logprobs(hidden, model.get_output_embeddings().weight, batch.targets)
+    weight = model.get_output_embeddings().weight
+    buffer = gradient_of(weight) if weight.requires_grad and torch.is_grad_enabled() else None
+    return accumulating_logprob(*head_operands(hidden, weight, forward), batch.targets, buffer)
 
 
 def completion_logprobs(model: nn.Module, batch: Batch, forward: str) -> Tensor:
@@ -36,21 +37,11 @@ def forward_precision(forward: str, device: torch.device | str) -> AbstractConte
     return torch.autocast(torch.device(device).type, torch.bfloat16) if forward == "bf16" else nullcontext()
 
 
-def head_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """The log-probability of each target, fp32 [T], from hidden [T, H] and the head's weight [V, H]; differentiable.
+def head_operands(hidden: Tensor, weight: Tensor, forward: str) -> tuple[Tensor, Tensor]:
+    """Hidden states [T, H] and the head's weight [V, H] in the dtype that the head's kernel multiplies.
 
-    The head and the softmax are fp32 whatever the forward's precision: a bf16 logit errs by up to 4e-3 of itself.
+    fp32, whatever the forward's precision, but for a bf16 forward on CUDA, where fp32 products would take longer than
+    all the rest. Sums and the softmax are fp32 everywhere: a rounded bf16 logit errs by up to 4e-3 of itself.
     """
-    step = max(1, LOGITS_PER_SLICE // len(weight))
-    slices = []
-    for start in range(0, len(targets), step):
-        some = hidden[start : start + step].to(weight.dtype), weight, targets[start : start + step]
-        # One slice's logits may stay: they are used right away.
-        again = len(targets) > step and torch.is_grad_enabled()
-        slices.append(checkpoint(_logprobs, *some, use_reentrant=False) if again else _logprobs(*some))
-    return torch.cat(slices)
-
-
-def _logprobs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    logits = nn.functional.linear(hidden, weight).float()  # [T, V]
-    return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(1)
+    dtype = torch.bfloat16 if forward == "bf16" and hidden.is_cuda else weight.dtype
+    return hidden.to(dtype), weight.detach().to(dtype)

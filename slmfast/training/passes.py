@@ -20,7 +20,7 @@ from slmfast.scoring.loading import evaluating
 from slmfast.scoring.packing import Group, Tokens
 from slmfast.scoring.probes import remembered
 from slmfast.training.layers import training_layers
-from slmfast.training.logprobs import completion_logprobs, forward_precision
+from slmfast.training.logprobs import completion_logprobs, forward_precision, head_operands
 
 Pair = tuple[Tokens, Tokens]  # the token ids of a prompt and of a completion, at least one each
 
@@ -70,7 +70,7 @@ class Passes:
             for batch in packs:
                 with forward_precision(self.forward, self.device):
                     hidden = batch.hidden(model)
-                tokens = linear_logprob(hidden.to(weight.dtype), weight, batch.targets).double()
+                tokens = linear_logprob(*head_operands(hidden, weight, self.forward), batch.targets).double()
                 sums = tokens.new_zeros(len(batch.continuations)).index_add_(0, batch.owners, tokens)
                 found[numbers(batch)] = sums
         return found
