@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # the other files of this folder
 import torch
 from inputs import data_folder
 from kernel_checks import CASES, KERNELS, check_all
+from optimizer_checks import check_optimizer
 from result_table import aligned, commit, write_document
 from roofline import copy_rate, matrix_rate
 
@@ -90,7 +91,7 @@ def run(options: argparse.Namespace, device: torch.device) -> int:
     """Everything, on a device of any kind; 1 where a kernel or a benchmark failed."""
     end = time.monotonic() + options.seconds
     report: dict[str, Any] = {"device": device_name(device), "commit": commit(), "versions": versions()}
-    report["kernels"] = check_all(KERNELS, CASES, device)
+    report["kernels"] = check_all(KERNELS, CASES, device) + check_optimizer(device)
     print(kernel_table(report["kernels"]), flush=True)
     report["roofline"] = {
         "copy_bytes_per_second": copy_rate(device),

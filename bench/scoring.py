@@ -3,6 +3,7 @@
     slmfast bench scoring                  all cases at sizes that end in about five minutes on two cores
     slmfast bench scoring --full           more prompts and more batch sizes for the peers
     slmfast bench scoring --case long --dtype bfloat16
+    slmfast bench scoring --plan --model-config qwen2.5-7b    what it takes of CUDA devices' memory; nothing is run
 
 The model has the shape of Qwen2-0.5B and random weights; prompts, replies and tokenizer are real ones: they are looked
 for in $SLMFAST_DATA, and without it --tokenizer names a folder and the texts are the miniature's. All sides have the
@@ -28,6 +29,7 @@ from scoring_context import Context, Sizes
 from scoring_judge import judge_case
 from scoring_methods import Subject
 from scoring_model import SHAPES, model_config, random_model
+from scoring_plan import memory_plan
 from scoring_processes import head_case, memory_case
 
 from slmfast.errors import UserError
@@ -54,6 +56,7 @@ def parser() -> argparse.ArgumentParser:
     """The options."""
     options = argparse.ArgumentParser(prog="slmfast bench scoring", description=__doc__.partition("\n")[0])
     options.add_argument("--case", action="append", choices=CASES, help="a case (may be repeated; default: all)")
+    options.add_argument("--plan", action="store_true", help="print a plan of memory from the configuration alone")
     options.add_argument("--full", action="store_true", help="more prompts, and more batch sizes for the peers")
     known = ", ".join(SHAPES)
     options.add_argument("--model-config", help=f"a folder with config.json, or one of {known} (default {DEFAULT})")
@@ -132,6 +135,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         UserError: an option is out of range, or names what does not exist.
     """
     options = parser().parse_args(argv)
+    if options.plan:
+        return print_plan(options)
     context = open_context(options)
     name = torch.cuda.get_device_name(context.device) if context.device.type == "cuda" else None
     print(f"{context.model_config}, {context.dtype}, random weights, tokenizer {context.tokenizer_folder}")
@@ -150,6 +155,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(text(results))
     differs = any(result.same_answer is False for result in results)
     return 1 if differs or context.broken else 0
+
+
+def print_plan(options: argparse.Namespace) -> int:
+    """Prints how much of CUDA devices' memory scoring takes, in --dtype or bf16, and on which it fits; 0."""
+    name = options.model_config or DEFAULT
+    dtype = getattr(torch, options.dtype or "bfloat16")
+    rows = list(memory_plan(name, model_config(name), dtype))
+    text = document("scoring", options.threads, rows)
+    print(f"{table(rows)}\n\n{text}")
+    if options.out:
+        write_document(options.out, text)
+    return 0
 
 
 def run_cases(context: Context, names: Sequence[str], done: Callable[[list[Result]], None]) -> list[Result]:

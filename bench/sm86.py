@@ -27,8 +27,8 @@ from machine_code import MachineCode, disassembled
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from slmfast.kernels import linear_logprob, tiled_backward, tiled_logprob
-from slmfast.kernels.launch import FOLD, GRADIENT, LIMITS, FusedTiles, fused_tiles, product_tiles
+from slmfast.kernels import adamw8bit, linear_logprob, tiled_backward, tiled_logprob
+from slmfast.kernels.launch import ADAMW8BIT, FOLD, GRADIENT, LIMITS, FusedTiles, fused_tiles, product_tiles
 
 TYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
 # H decides on a mask along it and on wide loads: a multiple of every BLOCK_H, as published models have, a multiple of
@@ -81,6 +81,8 @@ def configurations(capability: int, tiles: tuple[FusedTiles, ...] | None = None)
             yield _gradient(dtype)
     for entropy in (False, True) if tiles is None else ():
         yield _fold(entropy)
+    for compensated in (False, True) if tiles is None else ():
+        yield from (_adamw8bit(compensated, aligned) for aligned in (True, False))
 
 
 def _fused(dtype: str, blocks: FusedTiles, entropy: bool, width: int) -> Configuration:
@@ -163,6 +165,26 @@ def _fold(entropy: bool) -> Configuration:
         unaligned={"N", "begin"},
         constants={"ENTROPY": entropy} | FOLD.constants,
         options=FOLD.options,
+        tensor_cores=False,
+    )
+
+
+def _adamw8bit(compensated: bool, aligned: bool) -> Configuration:
+    kinds = {"high": "i16", "low": "i16", "gradient": "fp32", "first": "u8", "second": "u8", "slots": "i32"}
+    kinds |= {"first_scale": "fp32", "second_scale": "fp32", "lowest": "i16"}
+    for moment in ("first", "second"):
+        kinds |= {f"{moment}_values": "fp32", f"{moment}_edges": "fp32", f"{moment}_cells": "u8"}
+    numbers = ("beta1", "rest1", "beta2", "rest2", "size", "inverse_root", "epsilon")
+    return Configuration(
+        name="adamw8bit",
+        config=ADAMW8BIT.name + " compensated" * compensated + " unaligned N" * (not aligned),
+        function=adamw8bit._step_kernel,
+        arguments={f"{name}_ptr": f"*{kind}" for name, kind in kinds.items()}
+        | dict.fromkeys(("N", "B", "number"), "i32")
+        | dict.fromkeys(numbers, "fp32"),
+        unaligned={"B", "number", *numbers} | ({"N"} if not aligned else set()),
+        constants={"COMPENSATED": compensated, "WIDTH": 256} | ADAMW8BIT.constants,
+        options=ADAMW8BIT.options,
         tensor_cores=False,
     )
 

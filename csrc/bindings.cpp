@@ -178,9 +178,13 @@ py::tuple bind_near_pairs(const Dense<std::uint64_t>& fingerprints, int k, int t
     auto* to_distance = distance.mutable_data();
     {
         const py::gil_scoped_release release;
-        // Each distance waits for two fingerprints from anywhere, so threads pay even here.
+        // Each distance waits for two fingerprints from anywhere, so threads and asking early pay even here.
+        constexpr std::size_t kAhead = 24;
         parallel_for(pairs.size(), used, std::size_t{1} << 14, [&](std::size_t begin, std::size_t end, unsigned) {
             for (std::size_t pair = begin; pair < end; ++pair) {
+                const std::uint64_t coming = pairs[std::min(pair + kAhead, pairs.size() - 1)];
+                __builtin_prefetch(from + (coming >> 32));
+                __builtin_prefetch(from + (coming & 0xFFFFFFFFu));
                 to_i[pair] = static_cast<std::int64_t>(pairs[pair] >> 32);
                 to_j[pair] = static_cast<std::int64_t>(pairs[pair] & 0xFFFFFFFFu);
                 const std::uint64_t difference = from[to_i[pair]] ^ from[to_j[pair]];

@@ -9,6 +9,7 @@
 
 #include "join_plan.hpp"
 #include "near_scan.hpp"
+#include "near_tags.hpp"
 #include "parallel.hpp"
 #include "partition.hpp"
 #include "probe_join.hpp"
@@ -51,8 +52,7 @@ class Walk {
 public:
     Walk(unsigned thread, std::size_t n, int k, bool cross, Isa isa, PairSink& sink, std::atomic<bool>& stopped)
         : thread_(thread), k_(k), cross_(cross), ordered_(!cross), isa_(isa), costs_(costs_on(isa)),
-          scan_(near_scan(isa)), sink_(sink),
-          stopped_(stopped), scratch_(4 * n) {}
+          scan_(near_scan(isa)), tag_scan_(tag_scan(isa)), sink_(sink), stopped_(stopped), scratch_(4 * n) {}
 
     // Joins one top-level bucket: `consumed` key bits of plan.blocks[block] are equal in it.
     void bucket(const Group& left, const Group& right, const Plan& plan, std::size_t block, int consumed) {
@@ -95,15 +95,37 @@ private:
 
     // Whether a pair is to be found here and nowhere else: equal on the chosen blocks, different on each skipped one.
     bool belongs(std::uint64_t difference, std::uint64_t equal) const {
-        return (difference & equal) == 0 && std::all_of(differ_.begin(), differ_.end(), [&](std::uint64_t block) {
-                   return (difference & block) != 0;
-               });
+        if ((difference & equal) != 0) return false;
+        for (const std::uint64_t block : differ_)
+            if ((difference & block) == 0) return false;
+        return true;
+    }
+
+    // A group that is small and not cut any further.
+    void leaf(const Group& left, const Group& right, std::uint64_t equal) {
+        const bool by_tags = !cross_ && tag_scan_.near != nullptr && left.size <= kMostTags && wasted_ <= 4 * looks_;
+        return by_tags ? compare_tags(left, equal) : brute(left, right, equal, 0, left.size);
+    }
+
+    // The pairs of one small group, by tags of bits that are not known to be equal.
+    void compare_tags(const Group& rows, std::uint64_t equal) {
+        alignas(64) std::uint32_t tags[kMostTags];
+        tag_scan_.cut(rows.fp, rows.size, ~equal, tags);
+        for (std::size_t from = 0; from < rows.size; from += kTagRows) {
+            const Rows some{from, tag_scan_.near(tags, rows.size, from, k_)};
+            ++looks_;
+            some.each_near([&](std::size_t i) {
+                const std::size_t count = tag_scan_.which(tags, rows.fp, rows.size, i, k_, hits_);
+                wasted_ += count == 0;
+                report_hits(rows, i, rows, count, equal);
+            });
+        }
     }
 
     void compare_within(const Group& rows, std::uint64_t equal) {
         const auto next = [&](std::size_t at) { return scan_.first_within(rows.fp, rows.size, k_, at); };
         for (Rows some = next(0); some.at < rows.size; some = next(some.at + scan_.batch))
-            some.each_near([&](std::size_t i) { report_hits(rows, i, rows.part(i + 1, rows.size), equal); });
+            some.each_near([&](std::size_t i) { find_hits(rows, i, rows.part(i + 1, rows.size), equal); });
     }
 
     void compare_between(const Group& rows, const Group& others, std::uint64_t equal) {
@@ -112,18 +134,23 @@ private:
             return scan_.first_between(rows.fp, rows.size, others.fp, others.size, k_, at);
         };
         for (Rows some = next(0); some.at < rows.size; some = next(some.at + scan_.batch))
-            some.each_near([&](std::size_t i) { report_hits(rows, i, others, equal); });
+            some.each_near([&](std::size_t i) { find_hits(rows, i, others, equal); });
     }
 
-    void report_hits(const Group& rows, std::size_t i, const Group& others, std::uint64_t equal) {
+    void find_hits(const Group& rows, std::size_t i, const Group& others, std::uint64_t equal) {
         for (std::size_t from = 0; from < others.size; from += kScanBlock) {
             const std::size_t length = std::min(kScanBlock, others.size - from);
             if (stopped_.load(std::memory_order_relaxed)) return;
             const std::size_t count = scan_.which(rows.fp[i], others.fp + from, length, k_, hits_);
-            for (std::size_t hit = 0; hit < count; ++hit) {
-                const std::size_t j = from + hits_[hit];
-                if (belongs(rows.fp[i] ^ others.fp[j], equal)) report(rows.id[i], others.id[j]);
-            }
+            report_hits(rows, i, others.part(from, from + length), count, equal);
+        }
+    }
+
+    // Reports the first `count` of hits_, which are near row i, where they belong here.
+    void report_hits(const Group& rows, std::size_t i, const Group& others, std::size_t count, std::uint64_t equal) {
+        for (std::size_t hit = 0; hit < count; ++hit) {
+            const std::size_t j = hits_[hit];
+            if (belongs(rows.fp[i] ^ others.fp[j], equal)) report(rows.id[i], others.id[j]);
         }
     }
 
@@ -134,7 +161,7 @@ private:
 
     void descend(const Group& left, const Group& right, const Plan& plan, const State& state) {
         if (nothing_to_join(left, right) || stopped_.load(std::memory_order_relaxed)) return;
-        if (small(left, right)) return brute(left, right, state.equal, 0, left.size);
+        if (small(left, right)) return leaf(left, right, state.equal);
         if (state.used == plan.required) {
             const bool plain = std::max(left.size, right.size) <= kPlain * costs_.leaf;
             return plain ? brute(left, right, state.equal, 0, left.size) : join_again(left, right, state.equal);
@@ -195,7 +222,7 @@ private:
     // takes up bits that are held equal, so there are at most 64 blocks on the way down.
     void join_again(const Group& left, const Group& right, std::uint64_t equal) {
         if (nothing_to_join(left, right)) return;
-        if (small(left, right)) return brute(left, right, equal, 0, left.size);
+        if (small(left, right)) return leaf(left, right, equal);
         if (!cross_ && leave_crowd(left, equal)) return;
         const Spread spread = spread_of(left.fp, left.size, right.fp, right.size, ~equal, kSample);
         const Plan plan = make_plan(work_of(left.size, right.size, cross_), costs_, spread, k_);
@@ -249,6 +276,9 @@ private:
     const Isa isa_;
     const Costs costs_;
     const NearScan scan_;
+    const TagScan tag_scan_;
+    std::size_t looks_ = 1024;  // batches of rows whose tags were compared, and some on trust
+    std::size_t wasted_ = 0;  // rows of near tags without a near fingerprint: where these are many, tags tell too little
     PairSink& sink_;
     std::atomic<bool>& stopped_;
     Scratch scratch_;

@@ -1,5 +1,6 @@
 // All pairs of rows, sorted.
 #include <algorithm>
+#include <utility>
 
 #include "hamming_join.hpp"
 #include "parallel.hpp"
@@ -20,21 +21,30 @@ struct AllPairs : PairSink {
 
 // The parts of all threads in one, sorted: by the first row's highest bits into buckets, and each bucket by itself.
 std::vector<std::uint64_t> sorted(std::vector<std::vector<std::uint64_t>>& parts, std::size_t n, unsigned threads) {
-    constexpr int kBucketBits = 12;
+    constexpr std::size_t kBuckets = 4096;
     int shift = 32;
-    while ((n >> (shift - 32)) >= std::size_t{1} << kBucketBits) ++shift;
-    std::vector<std::size_t> next((std::size_t{1} << kBucketBits) + 1, 0);
-    for (const auto& part : parts)
-        for (const std::uint64_t pair : part) ++next[(pair >> shift) + 1];
-    for (std::size_t bucket = 1; bucket < next.size(); ++bucket) next[bucket] += next[bucket - 1];
-    std::vector<std::uint64_t> all(next.back());
-    for (auto& part : parts) {
-        for (const std::uint64_t pair : part) all[next[pair >> shift]++] = pair;
-        std::vector<std::uint64_t>().swap(part);
+    while ((n >> (shift - 32)) >= kBuckets) ++shift;
+    std::vector<std::vector<std::size_t>> places(parts.size());  // of each part in each bucket
+    parallel_for(parts.size(), threads, 1, [&](std::size_t part, std::size_t, unsigned) {
+        std::vector<std::size_t> counts(kBuckets, 0);
+        for (const std::uint64_t pair : parts[part]) ++counts[pair >> shift];
+        places[part] = std::move(counts);
+    });
+    std::vector<std::size_t> begins(kBuckets + 1);
+    std::size_t total = 0;
+    for (std::size_t bucket = 0; bucket < kBuckets; ++bucket) {
+        begins[bucket] = total;
+        for (auto& place : places) total += std::exchange(place[bucket], total);
     }
-    const auto place = [&](std::size_t at) { return all.begin() + static_cast<std::ptrdiff_t>(at); };
-    parallel_for(next.size() - 1, threads, 1, [&](std::size_t bucket, std::size_t, unsigned) {
-        std::sort(place(bucket == 0 ? 0 : next[bucket - 1]), place(next[bucket]));
+    begins[kBuckets] = total;
+    std::vector<std::uint64_t> all(total);
+    parallel_for(parts.size(), threads, 1, [&](std::size_t part, std::size_t, unsigned) {
+        for (const std::uint64_t pair : parts[part]) all[places[part][pair >> shift]++] = pair;
+        std::vector<std::uint64_t>().swap(parts[part]);
+    });
+    const auto place = [&](std::size_t bucket) { return all.begin() + static_cast<std::ptrdiff_t>(begins[bucket]); };
+    parallel_for(kBuckets, threads, 16, [&](std::size_t from, std::size_t end, unsigned) {
+        for (std::size_t bucket = from; bucket < end; ++bucket) std::sort(place(bucket), place(bucket + 1));
     });
     return all;
 }

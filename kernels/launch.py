@@ -271,3 +271,32 @@ def backward_workspace(count: int, width: int, vocabulary: int, element_size: in
     }
     # each part starts at a multiple of 256 bytes, as memory of its own would
     return Workspace(rows=rows, columns=columns, **{name: -(-size // 256) * 256 for name, size in parts.items()})
+
+
+# The optimizer's step: adamw8bit.py.
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adamw8bitBlocks:
+    """The configuration of the 8-bit AdamW kernel."""
+
+    rows: int = 4  # blocks of 256 weights of a program: one a warp, whose maximum needs no shared memory
+    warps: int = 4
+
+    @property
+    def name(self) -> str:
+        """The configuration in one word."""
+        return f"{self.rows}x256/w{self.warps}"
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """The kernel's compile-time arguments."""
+        return {"ROWS": self.rows}
+
+    @property
+    def options(self) -> dict[str, int | bool]:
+        """Triton's launch options; a fused multiply-add rounds once where the twin on the CPU rounds twice."""
+        return {"num_warps": self.warps, "enable_fp_fusion": False}
+
+
+ADAMW8BIT = Adamw8bitBlocks()

@@ -232,10 +232,10 @@ def format_scores(scores: dict[str, dict[str, Any]]) -> str:
 
 
 def doctor(arguments: Namespace) -> None:
-    """Says what this machine offers."""
+    """Says what this machine offers, and how a model would be scored on it."""
     from slmfast.doctor import findings
 
-    for name, text in findings():
+    for name, text in findings(arguments.model):
         print(f"{name:<22}{text}")
 
 

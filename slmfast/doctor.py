@@ -12,8 +12,8 @@ OPTIONAL = {
 }
 
 
-def findings() -> Iterator[tuple[str, str]]:
-    """Yields (what, how it stands) pairs, one line each."""
+def findings(model: str | None = None) -> Iterator[tuple[str, str]]:
+    """Yields (what, how it stands) pairs, one line each; with a model's folder or hub name also how it is scored."""
     import torch
 
     yield "python", platform.python_version()
@@ -31,6 +31,22 @@ def findings() -> Iterator[tuple[str, str]]:
         yield name, _version(name) or "missing: reinstall slmfast with its requirements"
     for name, otherwise in OPTIONAL.items():
         yield name, _version(name) or f"not installed: {otherwise}"
+    if model is not None:
+        yield "scoring", _scoring(model)
+
+
+def _scoring(name: str) -> str:
+    """How a model's replies are computed; loads it. Raises UserError where there is no such model."""
+    from slmfast.scoring.head import head_weight
+    from slmfast.scoring.loading import load_model
+    from slmfast.scoring.packable import why_not_packed
+
+    model = load_model(name)
+    head_weight(model)
+    why = why_not_packed(model)
+    if why is None:
+        return f"{name}: in packs, prompts shared by their replies"
+    return f"{name}: each prompt again with each reply, for {why}"
 
 
 def _version(package: str) -> str | None:

@@ -304,3 +304,20 @@ def test_a_device_that_is_not_there(bench, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="--device cuda: torch sees no CUDA device"):
         bench.main(["--device", "cuda"])
+
+
+def test_a_plan_of_memory_needs_no_weights(bench, capsys, monkeypatch):
+    """By the model card Qwen2.5-7B has 7.62 billion parameters, and in bf16 does not fit 12 GiB."""
+    monkeypatch.setattr(bench, "random_model", None)
+    assert bench.main(["--plan", "--model-config", "qwen2.5-7b"]) == 0
+    *_, last = capsys.readouterr().out.splitlines()
+    small, middle, large = json.loads(last)["results"]
+    gib = 1 << 30
+    assert "does not fit" in small["case"] and small["ours"] * gib == pytest.approx(2 * 7.616e9, rel=1e-3)
+    for row, size in ((middle, 24), (large, 80)):
+        tokens = int(row["case"].partition(" tokens")[0].split()[-1])
+        # Of a layer: a token's input eight times, three arrays of its MLP, and 16 keys and values of 4 heads of 128.
+        layer = tokens * 2 * (8 * 3584 + 3 * 18944 + 16 * 2 * 4 * 128)
+        assert small["ours"] + layer / gib < row["ours"] < small["ours"] + layer / gib + 0.1
+        assert row["ours"] < size - 1.5
+    assert bench.main(["--plan", "--model-config", str(MODEL), "--dtype", "float32"]) == 0

@@ -24,6 +24,7 @@ def check(monkeypatch):
     kernels = sys.modules["kernel_checks"]
     monkeypatch.setattr(module, "KERNELS", [kernels.Kernel("eager twin", "slmfast.kernels.reference")])
     monkeypatch.setattr(module, "CASES", SMALL(kernels))
+    monkeypatch.setattr(module, "check_optimizer", lambda device: [])
     monkeypatch.setattr(module, "copy_rate", lambda device: 1e9)
     monkeypatch.setattr(module, "matrix_rate", lambda dtype, device: 1e9)
     monkeypatch.setattr(module, "BENCHMARKS", ())
@@ -70,6 +71,25 @@ def test_a_right_kernel_passes_in_every_dtype(check, tmp_path, capsys):
         "benchmarks",
         "seconds",
     }
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_an_optimizer_that_gives_other_bits_fails(check, tmp_path, capsys, monkeypatch, wrong):
+    """One bit of one weight, in the second of the two sides that are compared."""
+    checks = sys.modules["optimizer_checks"]
+    right, calls = checks.adamw8bit, []
+
+    def step(high, low, *more):
+        right(high, low, *more)
+        calls.append(low)
+        if wrong and len(calls) % 2 == 0:
+            low[-1] ^= 1
+
+    monkeypatch.setattr(checks, "adamw8bit", step)
+    monkeypatch.setattr(check, "check_optimizer", lambda device: checks.check_optimizer(device, (1, 700)))
+    code, document, _ = run(check, tmp_path, capsys)
+    rows = [row for row in document["kernels"] if row["kernel"] == "adamw8bit"]
+    assert len(rows) == 4 and all(row["passed"] is not wrong for row in rows) and code == int(wrong)
 
 
 def off_by_a_row(hidden, weight, targets):

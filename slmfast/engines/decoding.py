@@ -19,6 +19,10 @@ from torch.nn import functional
 from transformers import DynamicCache
 
 from slmfast.errors import UserError
+from slmfast.scoring.packable import rotates_by_length
+
+# Layers of which keys and values are all that is kept of earlier tokens; a window or chunks are obeyed by the mask.
+_ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +62,8 @@ def decode(
 ) -> list[list[int]]:
     """The tokens generated after each prompt, the token of `ends` that closed a reply included.
 
-    Prompts wait for a slot in their given order, so it pays to give them by length.
+    Prompts wait for a slot in their given order, so it pays to give them by length. A model whose rotations depend on
+    the longest position of a call writes one reply at a time, or each would depend on its neighbours.
 
     Args:
         model: a causal language model in evaluation mode.
@@ -68,8 +73,10 @@ def decode(
         slots: how many replies are written side by side.
 
     Raises:
-        UserError: the model gives logits that are no numbers.
+        UserError: the model gives logits that are no numbers, or keeps more than keys and values.
     """
+    check_cache(model)
+    slots = 1 if rotates_by_length(model) else slots
     sampling = sampling or Sampling()
     replies: list[list[int]] = [[] for _ in prompts]
     waiting = list(range(len(prompts)))[::-1]
@@ -98,6 +105,18 @@ def decode(
             choose(new, logits)
             rows = new if rows is None else rows.joined(new)
     return replies
+
+
+def check_cache(model: nn.Module) -> None:
+    """Raises UserError where a model keeps a state that rows of keys and values don't hold, such as Mamba's."""
+    config = model.config.get_text_config()
+    others = sorted(set(getattr(config, "layer_types", None) or ()) - _ATTENTION)
+    if others or getattr(model, "_is_stateful", False):
+        kept = f"layers of {', '.join(others)}" if others else "a state of its own"
+        raise UserError(
+            f"{type(model).__name__} (model_type {config.model_type}) has {kept}, and generation here keeps keys and "
+            "values alone: take a model whose layers all attend"
+        )
 
 
 def worth_renewing(going: Sequence[bool], slots: int, waiting: int) -> bool:

@@ -171,12 +171,11 @@ def _segment_by_segment(query, key, value, layout, scaling, window):
         narrow = window is not None and keys > window
         causal = queries == keys > 1 and not narrow
         mask = None if causal or (queries == 1 and not narrow) else layout.mask(queries, keys, window)
-        output.append(
-            functional.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=causal, scale=scaling, enable_gqa=shared
-            )
+        seen = functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal, scale=scaling, enable_gqa=shared
         )
-    return torch.cat(output, dim=2).transpose(1, 2).contiguous()
+        output.append(seen.transpose(1, 2))
+    return torch.cat(output, dim=1)
 
 
 @contextmanager

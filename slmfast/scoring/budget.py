@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from slmfast.errors import UserError
+from slmfast.scoring.packing import KEYS_A_TOKEN
 
 CPU_TOKENS = 2048  # more gains nothing, and takes memory
 CUDA_TOKENS = 32768
@@ -36,10 +37,12 @@ def token_budget(model: nn.Module) -> int:
 
 
 def bytes_per_token(config: object, size: int) -> int:
-    """What the widest moment of a layer holds for a token: its input, and the three arrays of a gated MLP."""
-    hidden = config.hidden_size
+    """What a layer holds for a token: its input, the three arrays of a gated MLP, and the keys and values of paths."""
+    hidden, heads = config.hidden_size, config.num_attention_heads
     widest = getattr(config, "intermediate_size", None) or 4 * hidden
-    return size * (8 * hidden + 3 * widest)
+    width = getattr(config, "head_dim", None) or hidden // heads
+    key_heads = getattr(config, "num_key_value_heads", None) or heads
+    return size * (8 * hidden + 3 * widest + KEYS_A_TOKEN * 2 * key_heads * width)
 
 
 def budget_for(free: int, per_token: int) -> int:

@@ -30,7 +30,7 @@ def faster_layers(model: nn.Module) -> Iterator[None]:
 
 
 def _faster(module: nn.Module):
-    if is_gated(module):
+    if is_gated(module) and all(_is_plain(part) and serves(part.weight) for part in _parts(module)):
         return functools.partial(_gated, module)
     if type(module) is nn.Linear and serves(module.weight):
         return functools.partial(_linear, module)
@@ -39,12 +39,15 @@ def _faster(module: nn.Module):
 
 def is_gated(module: nn.Module) -> bool:
     """Whether a module has the parts of a SwiGLU (Shazeer 2020) as Llama, Qwen2, Mistral and their like name them."""
-    parts = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
     return (
         isinstance(getattr(module, "act_fn", None), nn.SiLU | SiLUActivation)
-        and all(_is_plain(part) and serves(part.weight) for part in parts)
+        and all(isinstance(part, nn.Module) for part in _parts(module))
         and len(list(module.children())) == 4
     )
+
+
+def _parts(module: nn.Module) -> list[object]:
+    return [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
 
 
 def _is_plain(part: object) -> bool:

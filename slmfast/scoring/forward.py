@@ -10,11 +10,12 @@ from torch import nn
 from slmfast.errors import UserError
 from slmfast.progress import Progress
 from slmfast.scoring.attention import packing
-from slmfast.scoring.batches import Batch, can_pack, make_batches, rotates_by_length
+from slmfast.scoring.batches import Batch, make_batches
 from slmfast.scoring.budget import checked_budget
 from slmfast.scoring.cpu_layers import faster_layers
 from slmfast.scoring.head import head_weight, linear_logprob
 from slmfast.scoring.loading import evaluating
+from slmfast.scoring.packable import rotates_by_length, why_not_packed
 from slmfast.scoring.packing import Group
 from slmfast.scoring.probes import remembered
 
@@ -44,7 +45,7 @@ def continuation_logprobs(
     scores = [np.full(len(group.continuations), np.nan) for group in groups]
     total = sum(len(continuation) for group in groups for continuation in group.continuations)
     shown = Progress(progress, total, "tokens") if progress else None
-    packed = bool(groups) and remembered(can_pack, model)
+    packed = bool(groups) and remembered(why_not_packed, model) is None
     alone = rotates_by_length(model)
 
     def run(batch: Batch) -> list[float]:

@@ -7,10 +7,13 @@ input.
 
 Packs are a function of the whole set of groups alone: neither the order of the input nor what is left to do changes
 what is computed together.
+
+Attention by variable lengths copies the keys of each segment's whole path, so that thousands of short choices behind a
+long prompt would take memory which their few tokens don't show. A pack's keys are bounded with its tokens.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -18,6 +21,7 @@ from slmfast.scoring.best_fit import best_fit_decreasing
 from slmfast.scoring.prefix_tree import Node, prefix_tree
 
 Tokens = Sequence[int] | np.ndarray
+KEYS_A_TOKEN = 16  # keys, all segments' paths together, that a pack may have for each token of its budget
 
 
 @dataclass(frozen=True)
@@ -74,44 +78,73 @@ class Pack:
 
 
 @dataclass(frozen=True)
-class _Fragment:
-    """A node of the prefix tree with some of what is below it: what goes into one pack together."""
-
-    node: int
-    cost: int  # input tokens, the node's own included
-    below: list["_Fragment | _Leaf"]
-
-
-@dataclass(frozen=True)
 class _Leaf:
     """A continuation."""
 
     group: int
     member: int
-    cost: int  # input tokens: all but the last
+    cost: int
+
+
+@dataclass(frozen=True)
+class _Fragment:
+    """A stretch of a prompt with some of what is below it: what goes into one pack together."""
+
+    node: int  # of the prefix tree: the stretch ends with it
+    start: int
+    end: int
+    below: list["_Fragment | _Leaf"]
+    below_cost: int
+
+    @property
+    def cost(self) -> int:
+        """What all of it takes of a pack's budget."""
+        return _segment_cost(self.end - self.start, self.end) + self.below_cost
+
+
+def _segment_cost(tokens: int, end: int) -> int:
+    """What a segment of so many tokens takes of a budget, if the last of them sees `end` keys."""
+    return max(tokens, -(-end // KEYS_A_TOKEN))
+
+
+def _leaf(group: int, member: int, prompt: int, length: int) -> _Leaf:
+    # One of a single token has no segment, but keeps those above it from becoming one.
+    return _Leaf(group, member, _segment_cost(length - 1, prompt + length - 1) if length > 1 else 1)
+
+
+def _fragment(number: int, start: int, end: int, part: list[_Fragment | _Leaf]) -> _Fragment:
+    """A node with a part of what is below it; where that is one fragment, both become one segment."""
+    if len(part) == 1 and isinstance(part[0], _Fragment):
+        return replace(part[0], start=start)
+    return _Fragment(number, start, end, part, _cost(part))
 
 
 def make_packs(groups: Sequence[Group], budget: int) -> Iterator[Pack]:
-    """Packs of at most `budget` tokens that hold every continuation once, the largest first.
+    """Packs of at most `budget` tokens and KEYS_A_TOKEN * `budget` keys that hold every continuation once.
 
-    A sequence of more tokens than that is a pack of its own: nothing is ever cut.
+    The most expensive come first. A sequence of more tokens than the budget is a pack of its own, in two segments at
+    most: nothing is ever cut.
     """
     used = [i for i, group in enumerate(groups) if len(group.continuations)]
     prompts = [np.asarray(groups[i].prefix, dtype=np.int32) for i in used]
     nodes, ends = prefix_tree(prompts)
     below: list[list[_Fragment | _Leaf]] = [[] for _ in nodes]
     for number, node in zip(used, ends, strict=True):
-        below[node] += [_Leaf(number, m, len(c) - 1) for m, c in enumerate(groups[number].continuations)]
+        length = nodes[node].end
+        below[node] += [_leaf(number, m, length, len(c)) for m, c in enumerate(groups[number].continuations)]
     for number in range(len(nodes) - 1, 0, -1):  # children before their parents
-        node = nodes[number]
+        node, capacity = nodes[number], max(1, budget - nodes[number].end)
         leaves = sorted((x for x in below[number] if isinstance(x, _Leaf)), key=lambda leaf: _content(groups, leaf))
         # Children were added last to first.
         items = leaves + [x for x in reversed(below[number]) if isinstance(x, _Fragment)]
-        for part in _parts(items, max(1, budget - node.end)):
-            below[node.parent].append(_Fragment(number, node.end - node.start + _cost(part), part))
+        for part in _parts(items, capacity):
+            # What has no room beside this prompt goes to the root at once: each node above would look at it again.
+            alone = len(part) == 1 and part[0].cost > capacity
+            parent, start = (0, 0) if alone else (node.parent, node.start)
+            below[parent].append(_fragment(number, start, node.end, part))
         below[number] = []
     for part in sorted(_parts(below[0][::-1], budget), key=_cost, reverse=True):
-        yield _laid_out(part, nodes, prompts, groups)
+        yield _laid_out(part, prompts, nodes, groups)
 
 
 def _content(groups: Sequence[Group], leaf: _Leaf) -> tuple:
@@ -119,11 +152,11 @@ def _content(groups: Sequence[Group], leaf: _Leaf) -> tuple:
     return leaf.cost, np.asarray(groups[leaf.group].continuations[leaf.member], dtype=np.int32).tobytes()
 
 
-def _cost(items: Sequence["_Fragment | _Leaf"]) -> int:
+def _cost(items: Sequence[_Fragment | _Leaf]) -> int:
     return sum(item.cost for item in items)
 
 
-def _parts(items: list["_Fragment | _Leaf"], capacity: int) -> list[list["_Fragment | _Leaf"]]:
+def _parts(items: list[_Fragment | _Leaf], capacity: int) -> list[list[_Fragment | _Leaf]]:
     """Items in as few parts as best fit makes; all together where they have room."""
     if not items or _cost(items) <= capacity:
         return [items] if items else []
@@ -135,15 +168,15 @@ def _parts(items: list["_Fragment | _Leaf"], capacity: int) -> list[list["_Fragm
 
 
 def _laid_out(
-    part: list["_Fragment | _Leaf"], nodes: list[Node], prompts: list[np.ndarray], groups: Sequence[Group]
+    part: list[_Fragment | _Leaf], prompts: list[np.ndarray], nodes: list[Node], groups: Sequence[Group]
 ) -> Pack:
     pack = Pack()
     waiting: list[tuple[_Fragment | _Leaf, int]] = [(item, -1) for item in reversed(part)]  # and the segment above
     while waiting:
         item, parent = waiting.pop()
         if isinstance(item, _Fragment):
-            node = nodes[item.node]
-            segment = pack.add(prompts[node.example][node.start : node.end], node.start, parent)
+            prompt = prompts[nodes[item.node].example]
+            segment = pack.add(prompt[item.start : item.end], item.start, parent)
             waiting += [(below, segment) for below in reversed(item.below)]
         else:
             continuation = np.asarray(groups[item.group].continuations[item.member], dtype=np.int32)

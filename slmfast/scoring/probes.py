@@ -1,17 +1,18 @@
 """What a few tokens have told of a model, so that they need not be run before every call."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 from torch import nn
 
 from slmfast.scoring.loading import evaluating
 
-_answers: WeakKeyDictionary[nn.Module, dict[Callable[[nn.Module], bool], tuple[Any, bool]]] = WeakKeyDictionary()
+Answer = TypeVar("Answer")
+_answers: WeakKeyDictionary[nn.Module, dict[Callable[[nn.Module], Any], tuple[Any, Any]]] = WeakKeyDictionary()
 
 
-def remembered(probe: Callable[[nn.Module], bool], model: nn.Module) -> bool:
+def remembered(probe: Callable[[nn.Module], Answer], model: nn.Module) -> Answer:
     """What the probe says of a model; it runs again once the model's computation may be another one.
 
     That is its configuration, its mode of attention, the types and devices of its parameters, its hooks, and forwards

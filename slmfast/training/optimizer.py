@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slmfast.errors import UserError
 from slmfast.training.settings import TrainSettings
+from slmfast.training.split_weights import SplitWeights, has_values
 
 BETAS = (0.9, 0.999)
 EPS = 1e-8
@@ -84,19 +86,39 @@ def _add_compensated(parameter: Tensor, wanted: Tensor) -> Tensor:
 
 def is_too_coarse(weights: Tensor, step: float) -> bool:
     """Does half the fp32 spacing at the largest weight reach `step`, so that adding it may change nothing?"""
-    if weights.numel() == 0 or step <= 0:
+    if not has_values(weights) or step <= 0:
         return False
-    largest = float(weights.detach().abs().max())
-    _, exponent = math.frexp(largest)  # largest lies in [2^(exponent-1), 2^exponent)
-    return largest > 0 and math.ldexp(1.0, exponent - 25) >= step
+    return bool(half_spacing(weights.detach().abs().max()) >= step)
 
 
-def make_optimizer(model: nn.Module, settings: TrainSettings, warmup_steps: int) -> torch.optim.Optimizer:
-    """The optimizer of the settings over a model's fp32 parameters."""
+def half_spacing(weights: Tensor) -> Tensor:
+    """Half the distance from each weight to the next larger fp32 number, float64; 0 for a weight of 0."""
+    _, exponent = torch.frexp(weights.double())  # a weight lies in [2^(exponent-1), 2^exponent)
+    return torch.where(weights == 0, 0.0, torch.ldexp(torch.ones_like(exponent, dtype=torch.float64), exponent - 25))
+
+
+def make_optimizer(
+    model: nn.Module, settings: TrainSettings, warmup_steps: int, masters: SplitWeights | None = None
+) -> torch.optim.Optimizer:
+    """The optimizer of the settings over a model's parameters: fp32, or split by `masters`.
+
+    Raises:
+        UserError: the optimizer and the masters don't belong together.
+    """
+    if (settings.optimizer == "adamw8bit-split") != (masters is not None):
+        raise UserError(
+            f"optimizer is {settings.optimizer!r} for weights that are {'split' if masters else 'whole'}: "
+            'split weights, and they alone, take "adamw8bit-split"'
+        )
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     smallest = settings.learning_rate / max(1, warmup_steps)
     if settings.optimizer == "adamw":
         return AdamW(parameters, lr=settings.learning_rate, smallest_step=smallest)
+    if masters is not None:
+        # It builds on this module, and brings in the compiler of the CPU's kernel.
+        from slmfast.training.split_adamw import SplitAdamW8bit
+
+        return SplitAdamW8bit(parameters, masters, lr=settings.learning_rate, smallest_step=smallest)
     return _adamw8bit_class()(parameters, settings.learning_rate, smallest)
 
 

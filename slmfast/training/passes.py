@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from slmfast.scoring.attention import packing
-from slmfast.scoring.batches import Batch, can_pack, make_batches, rotates_by_length
+from slmfast.scoring.batches import Batch, make_batches
 from slmfast.scoring.cpu_layers import faster_layers
 from slmfast.scoring.head import linear_logprob
 from slmfast.scoring.loading import evaluating
+from slmfast.scoring.packable import rotates_by_length, why_not_packed
 from slmfast.scoring.packing import Group, Tokens
 from slmfast.scoring.probes import remembered
 from slmfast.training.layers import training_layers
@@ -77,7 +78,7 @@ class Passes:
 
     @contextmanager
     def _packed(self, model: nn.Module, pairs: Sequence[Pair], budget: int) -> Iterator[Iterator[Batch]]:
-        packed, alone = remembered(can_pack, model), rotates_by_length(model)
+        packed, alone = remembered(why_not_packed, model) is None, rotates_by_length(model)
         groups = [Group(prompt, [completion]) for prompt, completion in pairs]
         batches = make_batches(groups, 1 if alone else budget, packed=packed, device=self.device)
         with ExitStack() as ways:

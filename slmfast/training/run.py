@@ -93,30 +93,37 @@ def train(run: Run, method: str, make_objective: MakeObjective, inputs: dict[str
         _prepare_work(run)
         # A model is never trained beyond the positions it knows, whatever max_length allows.
         settings = replace(settings, max_length=min(settings.max_length, _positions(run.model, settings)))
-        tokens = load_tokens(run.dataset, load_tokenizer(run.model), settings)
-        groups = make_groups(len(tokens), settings.batch_size)
-        order = StepOrder(len(groups), settings.accumulation, settings.epochs, run.seed)
-        arguments = _arguments(run, order)
-        model.to(arguments.device)
-        passes = Passes(settings.forward, _checkpoints(settings, arguments.device), arguments.device)
-        budget = PackBudget(run.work_folder / MARK, lambda: _pack_tokens(model, settings, passes))
-        print(describe(settings, tokens, order, budget.at(0), passes.checkpointing), file=sys.stderr)
-        optimizer = make_optimizer(model, settings, settings.warmup_steps(len(order)))
+        setup, arguments = _set_up(run, settings, model)
+        print(describe(settings, setup), file=sys.stderr)
+        optimizer = make_optimizer(model, settings, settings.warmup_steps(len(setup.order)))
         _check_forward(settings, optimizer)
-        objective = make_objective(model, Setup(tokens, groups, order, passes, budget))
-        scheduler = LambdaLR(optimizer, rate_factor(settings, len(order)))
-        trainer = StepTrainer(model, objective, order, arguments, (optimizer, scheduler), budget)
+        objective = make_objective(model, setup)
+        scheduler = LambdaLR(optimizer, rate_factor(settings, len(setup.order)))
+        trainer = StepTrainer(model, objective, setup.order, arguments, (optimizer, scheduler), setup.budget)
         if run.progress:
             trainer.add_callback(ShowProgress(method))
         found = checkpoint.latest(run.work_folder)
         trainer.train(resume_from_checkpoint=str(found) if found else None)
-        _export(run, model, tokens, order, budget, trainer.history())
+        _export(run, model, setup, trainer.history())
     _clear_work(run)
     return run.output
 
 
-def describe(settings: TrainSettings, tokens: TokenSet, order: StepOrder, budget: int, checkpointing: bool) -> str:
+def _set_up(run: Run, settings: TrainSettings, model: nn.Module) -> tuple[Setup, TrainingArguments]:
+    """Reads the data, puts the model on its device and decides on packs."""
+    tokens = load_tokens(run.dataset, load_tokenizer(run.model), settings)
+    groups = make_groups(len(tokens), settings.batch_size)
+    order = StepOrder(len(groups), settings.accumulation, settings.epochs, run.seed)
+    arguments = _arguments(run, order)
+    model.to(arguments.device)
+    passes = Passes(settings.forward, _checkpoints(settings, arguments.device), arguments.device)
+    budget = PackBudget(run.work_folder / MARK, lambda: _pack_tokens(model, settings, passes))
+    return Setup(tokens, groups, order, passes, budget), arguments
+
+
+def describe(settings: TrainSettings, setup: Setup) -> str:
     """What a run is about to do, in one line: data, step, number of steps, schedule, packs."""
+    tokens, order = setup.tokens, setup.order
     warmup, factor = settings.warmup_steps(len(order)), rate_factor(settings, len(order))
     skipped = f" ({tokens.skipped:,} over {settings.max_length} tokens left out)" if tokens.skipped else ""
     return (
@@ -124,7 +131,7 @@ def describe(settings: TrainSettings, tokens: TokenSet, order: StepOrder, budget
         f"{settings.effective_batch:,} samples a step; {order.steps_per_epoch:,} steps x {settings.epochs} epochs = "
         f"{len(order):,} steps; {settings.schedule} schedule to {settings.learning_rate:g}, {warmup} warm-up steps, "
         f"the first at {settings.learning_rate * factor(0):g}; {settings.optimizer}, {settings.forward} forward, packs "
-        f"of at most {budget:,} tokens{', layers checkpointed' if checkpointing else ''}"
+        f"of at most {setup.budget.at(0):,} tokens{', layers checkpointed' if setup.passes.checkpointing else ''}"
     )
 
 
@@ -275,25 +282,18 @@ def _positions(model: Path, settings: TrainSettings) -> int:
     return read_json(model / "config.json").get("max_position_embeddings") or settings.max_length
 
 
-def _export(
-    run: Run,
-    model: nn.Module,
-    tokens: TokenSet,
-    order: StepOrder,
-    budget: PackBudget,
-    history: list[dict[str, float]],
-) -> None:
+def _export(run: Run, model: nn.Module, setup: Setup, history: list[dict[str, float]]) -> None:
     """Writes the complete model folder: fp32 weights, config, tokenizer, card and log."""
     parameters = dict(sorted(model.named_parameters()))
     card = {
         "method": run.settings.method,
         "settings": asdict(run.settings),
         "seed": run.seed,
-        "rows": len(tokens),
-        "rows_over_the_window": tokens.skipped,
-        "steps": len(order),
-        "steps_per_epoch": order.steps_per_epoch,
-        "pack_tokens": budget.history,
+        "rows": len(setup.tokens),
+        "rows_over_the_window": setup.tokens.skipped,
+        "steps": len(setup.order),
+        "steps_per_epoch": setup.order.steps_per_epoch,
+        "pack_tokens": setup.budget.history,
         "fingerprint": run.fingerprint,
     }
     if run.settings.forward != "fp32":

@@ -8,7 +8,7 @@ from slmfast.errors import UserError
 
 METHODS = ("sft", "kto")
 SCHEDULES = ("cosine", "linear", "constant")
-OPTIMIZERS = ("adamw", "adamw8bit")
+OPTIMIZERS = ("adamw", "adamw8bit", "adamw8bit-split")
 FORWARDS = ("fp32", "bf16", "split")
 LOSS_TYPES = ("kto", "apo_zero_unpaired")
 REPORTS = ("none", "tensorboard", "wandb")
@@ -44,7 +44,9 @@ class TrainSettings:
     """What the rate does after the warm-up: "cosine" or "linear" down to zero, or "constant"."""
 
     optimizer: str = "adamw"
-    """"adamw": fp32 states; "adamw8bit": bitsandbytes' 8-bit states. Both compensate weights too large for a step."""
+    """"adamw": fp32 states; "adamw8bit": bitsandbytes' 8-bit states; "adamw8bit-split": 8-bit states of our own, and
+    fp32 weights as bf16 halves that the forward pass reads and 16 bits beside them. All of them compensate weights too
+    large for a step."""
 
     beta: float = 0.1
     """KTO's beta: how strongly the policy is held to the reference."""

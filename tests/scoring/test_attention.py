@@ -1,4 +1,4 @@
-"""Packed attention against softmax over a dense mask, by every path, and which models may be packed."""
+"""Packed attention against softmax over a dense mask, by every path."""
 
 import math
 import random
@@ -11,7 +11,6 @@ import torch
 from slmfast import UserError
 from slmfast.scoring import attention
 from slmfast.scoring.attention import NAME, Layout, packed_attention, packing
-from slmfast.scoring.batches import can_pack
 from slmfast.scoring.packing import Group, make_packs
 
 
@@ -146,79 +145,3 @@ def test_the_models_own_attention_comes_back(build_model):
         assert model.config._attn_implementation == NAME
         raise ZeroDivisionError
     assert model.config._attn_implementation == "eager"
-
-
-SMALL = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
-MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
-
-
-def built(name, **options):
-    import transformers
-
-    config = getattr(transformers, f"{name}Config")(**options)
-    torch.manual_seed(1)
-    return getattr(transformers, f"{name}ForCausalLM")(config).eval()
-
-
-@pytest.mark.parametrize(
-    ("name", "more"),
-    [
-        ("Llama", {}),
-        ("Qwen2Moe", MOE),
-        ("Qwen3", {"head_dim": 8}),
-        ("Mistral", {"sliding_window": 4}),
-        ("Qwen2", {"use_sliding_window": True, "sliding_window": 2, "max_window_layers": 0}),
-        ("Gemma3", {"head_dim": 8, "sliding_window": 2}),
-    ],
-)
-def test_models_that_attend_by_the_registry_are_packed(name, more):
-    name = "Gemma3" if name == "Gemma3" else name
-    model = built(name, **SMALL, **HEADS, **more) if name != "Gemma3" else _gemma3(more)
-    assert can_pack(model)
-
-
-def _gemma3(more):
-    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
-
-    torch.manual_seed(1)
-    return Gemma3ForCausalLM(Gemma3TextConfig(**SMALL, **HEADS, **more)).eval()
-
-
-@pytest.mark.parametrize(
-    ("name", "more"),
-    [
-        ("Llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}}),
-        ("Gemma2", {"head_dim": 8, "attn_logit_softcapping": 50.0}),
-        ("Mamba", {}),
-        # its attention never hears of its window, which only the mask shows
-        ("Qwen2Moe", MOE | {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 2}),
-    ],
-)
-def test_models_whose_scores_would_change_are_not(name, more):
-    heads = {} if name == "Mamba" else HEADS
-    assert not can_pack(built(name, **SMALL, **heads, **more))
-
-
-def test_a_model_that_ignores_its_layout_is_found_out(build_model, monkeypatch):
-    model = build_model()
-    inner = torch.nn.functional.scaled_dot_product_attention
-
-    def ignores(module, query, key, value, attention_mask, **_):
-        output = inner(query, key, value, is_causal=True, enable_gqa=True)
-        return output.transpose(1, 2).contiguous(), None
-
-    from transformers import AttentionInterface
-
-    assert can_pack(model)
-    try:
-        AttentionInterface.register(NAME, ignores)
-        assert not can_pack(model)
-    finally:
-        AttentionInterface.register(NAME, packed_attention)
-
-
-def test_a_model_spread_over_devices_is_not_packed(build_model):
-    model = build_model()
-    model.model.layers[1].to("meta")
-    assert not can_pack(model)

@@ -262,3 +262,45 @@ def test_no_position_leaves_the_window():
     replies = decoding.decode(model, prompts, frozenset(range(2)), steps, draws, Sampling(temperature=5.0), slots=16)
     lengths = {len(reply) for reply in replies}
     assert max(lengths) == steps and len(lengths) > 5
+
+
+SMALL = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+
+
+def test_a_rotation_by_the_longest_position_writes_one_reply_at_a_time():
+    """Past 16 positions this model turns by other factors: a short prompt beside a long one would, too."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    rotation = {"rope_type": "longrope", "rope_theta": 100.0, "short_factor": [1.0] * 4, "long_factor": [9.0] * 4}
+    rotation |= {"original_max_position_embeddings": 16}
+    torch.manual_seed(1)
+    model = LlamaForCausalLM(LlamaConfig(**SMALL, **HEADS, rope_parameters=rotation, initializer_range=0.3)).eval()
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, 99, n).tolist() for n in (5, 6, 9, 30)]
+    with torch.no_grad():
+        together = decoding.decode(model, prompts, frozenset(), 6)
+        apart = [decoding.decode(model, [prompt], frozenset(), 6)[0] for prompt in prompts]
+        ids = torch.tensor([prompts[0]])
+        plain = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
+    assert together == apart
+    assert together[0] == plain[0, 5:].tolist()
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "kept"),
+    [
+        ("Lfm2", HEADS | {"layer_types": ["conv", "full_attention"]}, "lfm2.* has layers of conv"),
+        ("Mamba", {}, "mamba.* has (layers of linear_attention|a state of its own)"),
+        ("Rwkv", {"attention_hidden_size": 32, "context_length": 64}, "rwkv.* has a state of its own"),
+    ],
+)
+def test_a_model_that_keeps_more_than_keys_and_values_is_refused(name, more, kept):
+    import transformers
+
+    torch.manual_seed(1)
+    config = getattr(transformers, f"{name}Config")(**SMALL, **more)
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    with pytest.raises(UserError, match=f"model_type {kept}") as caught:
+        decoding.decode(model, [[1, 2, 3], [4, 5]], frozenset(), 3)
+    assert "\n" not in str(caught.value)

@@ -12,7 +12,7 @@ from slmfast import UserError
 from slmfast.scoring import budget as budgets
 from slmfast.scoring import forward
 from slmfast.scoring.forward import continuation_logprobs
-from slmfast.scoring.packing import Group
+from slmfast.scoring.packing import KEYS_A_TOKEN, Group, make_packs
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_nothing_is_lost(
 ):
     model = build_model()
     if attention == "none":
-        monkeypatch.setattr(forward, "can_pack", lambda model: False)
+        monkeypatch.setattr(forward, "why_not_packed", lambda model: "it is told so")
     expected = continuation_logprobs(model, groups)
     halved = []
     ran = limited(60, error)
@@ -96,8 +96,23 @@ def test_the_budget_follows_the_memory():
 
 
 def test_a_token_is_as_wide_as_its_layer(build_model):
-    config = build_model().config
-    assert budgets.bytes_per_token(config, 2) == 2 * (8 * 64 + 3 * 112)
+    """Two key heads of width 16, a key and a value each, for as many keys as a pack has for a token."""
+    config = build_model("gqa").config
+    assert budgets.bytes_per_token(config, 2) == 2 * (8 * 64 + 3 * 112 + KEYS_A_TOKEN * 2 * 2 * 16)
+
+
+def test_packs_that_end_by_their_keys_give_the_same_scores(model, plain_logprobs):
+    """Short choices behind a long prompt, and prompts that begin one another."""
+    rng = np.random.default_rng(4)
+    long = rng.integers(0, 700, 180).tolist()
+    groups = [Group(long, [rng.integers(0, 700, n).tolist() for n in [2, 1, 3] * 20])]
+    groups += [Group(long[:n], [rng.integers(0, 700, 2).tolist()]) for n in range(10, 180, 10)]
+    packs = list(make_packs(groups, 400))
+    assert len(packs) > 1 and max(map(len, packs)) < 380, "it is not the tokens that end a pack here"
+    got = continuation_logprobs(model, groups, batch_tokens=400)
+    for group, scores in zip(groups, got, strict=True):
+        expected = [plain_logprobs(model, group.prefix, c).sum().item() for c in group.continuations]
+        np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-5)
 
 
 def test_on_a_cpu_the_budget_is_always_the_same(build_model):

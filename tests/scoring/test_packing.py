@@ -5,10 +5,10 @@ import random
 import numpy as np
 import pytest
 
-from slmfast.scoring import best_fit
+from slmfast.scoring import best_fit, packing
 from slmfast.scoring.attention import Layout
 from slmfast.scoring.best_fit import FEW, best_fit_decreasing
-from slmfast.scoring.packing import Group, make_packs, make_rows
+from slmfast.scoring.packing import KEYS_A_TOKEN, Group, make_packs, make_rows
 from slmfast.scoring.prefix_tree import LEAST_SHARED, prefix_tree
 
 
@@ -103,6 +103,60 @@ def test_a_chain_of_beginnings_is_no_recursion():
     (pack,) = make_packs(groups, 10**9)
     assert len(pack) == 20_000 + 2000
     assert max(map(len, (path for path in Layout(pack.segments).paths))) <= 2000
+
+
+def keys_of(pack):
+    """How many keys all segments see together, by walking up from each."""
+    seen = 0
+    for segment in pack.segments:
+        seen += segment.end - segment.begin
+        while segment.parent >= 0:
+            segment = pack.segments[segment.parent]
+            seen += segment.end - segment.begin
+    return seen
+
+
+def chain(count, step=10):
+    """Prompts of which each begins the next one."""
+    whole = np.random.default_rng(0).integers(0, 1000, step * count)
+    return [Group(whole[: step * (i + 1)], [[1, 2, 3]]) for i in range(count)]
+
+
+@pytest.mark.parametrize("budget", [100, 700, 4000])
+@pytest.mark.parametrize("kind", ["many short choices", "choices of one token", "a chain", "mixed"])
+def test_a_packs_keys_are_bounded(groups, budget, kind):
+    rng = random.Random(6)
+    long = tokens(rng, 500, 500)
+    some = {
+        "many short choices": [Group(long, [tokens(rng, 3, 2) for _ in range(2000)])],
+        "choices of one token": [Group(long[: 5 * n], [[n], [n + 1]]) for n in range(1, 101)],
+        "a chain": chain(100),
+        "mixed": [*groups, Group(long, [tokens(rng, 30) for _ in range(200)])],
+    }[kind]
+    packs = list(make_packs(some, budget))
+    assert found(packs) == expected(some)
+    for pack in packs:
+        alone = len(pack.continuations) == 1
+        assert keys_of(pack) <= KEYS_A_TOKEN * budget or (alone and keys_of(pack) <= 2 * len(pack))
+        assert len(pack) <= budget or alone
+
+
+def test_packing_a_chain_of_beginnings_takes_linear_work(monkeypatch):
+    """Long prompts that have no room in a pack are not looked at again by every shorter one."""
+    placed = []
+
+    def counted(sizes, capacity):
+        placed.append(len(sizes))
+        return best_fit_decreasing(sizes, capacity)
+
+    monkeypatch.setattr(packing, "best_fit_decreasing", counted)
+
+    def work(count):
+        placed.clear()
+        assert sum(len(pack.continuations) for pack in make_packs(chain(count), 500)) == count
+        return sum(placed)
+
+    assert work(800) < 2.2 * work(400)
 
 
 def test_the_tree_is_that_of_the_definition():

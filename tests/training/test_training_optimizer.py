@@ -42,7 +42,7 @@ def test_compensation_keeps_what_plain_fp32_loses():
 
 
 @pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
-def test_both_optimizers_move_weights_too_large_for_a_step(name):
+def test_optimizers_of_whole_weights_move_weights_too_large_for_a_step(name):
     """A norm, and a matrix whose states have 8 bits: 300 steps of 1e-8 leave their mark on 1.0, 0.5 and 0.25."""
     model = torch.nn.ParameterDict(
         {"norm": torch.ones(896), "matrix": torch.full((80, 80), 0.5), "least": torch.full((80, 80), 0.25)}
@@ -91,3 +91,14 @@ def test_the_settings_choose_the_optimizer(name):
     assert torch.allclose(moved, -model.weight.grad.sign(), atol=0.02)
     bits = optimizer.state[model.weight]
     assert (bits["state1"].dtype == torch.uint8) if name == "adamw8bit" else (bits["exp_avg"].dtype == torch.float32)
+
+
+def test_embeddings_have_8_bit_states_as_well():
+    """transformers' own trainer keeps them in fp32, 8 bytes a weight where 2 do."""
+    model = torch.nn.Sequential(torch.nn.Embedding(100, 64), torch.nn.Linear(64, 80))
+    optimizer = make_optimizer(model, TrainSettings(method="sft", learning_rate=1e-3, optimizer="adamw8bit"), 1)
+    model(torch.arange(100)).sum().backward()
+    optimizer.step()
+    for weight in (model[0].weight, model[1].weight):
+        assert optimizer.state[weight]["state1"].dtype == optimizer.state[weight]["state2"].dtype == torch.uint8
+    assert optimizer.state[model[1].bias]["state1"].dtype == torch.float32
