@@ -18,7 +18,7 @@ _HOME = {
     "choose": "slmfast.scoring",
     "fuse": "slmfast.fusion",
     "update_survival": "slmfast.fusion",
-    "kto_loss": "slmfast.training.kto",
+    "kto_loss": "slmfast.training.kto_loss",
     "UserError": "slmfast.errors",
 }
 

@@ -164,9 +164,9 @@ def _side_by_side(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> 
 def _segment_by_segment(query, key, value, layout, scaling, window):
     shared = query.shape[1] != key.shape[1]
     output = []
-    for segment, path in zip(layout.segments, layout.paths, strict=True):
-        q = query[:, :, segment.begin : segment.end]
-        k, v = (_stretches(x, path) for x in (key, value))
+    # Taken apart in one piece each, so that a backward pass writes one array and not one for every segment.
+    parts = [x.index_select(2, layout.keys).split(layout.key_lengths, dim=2) for x in (key, value)]
+    for q, k, v in zip(query.split(layout.query_lengths, dim=2), *parts, strict=True):
         queries, keys = q.shape[2], k.shape[2]
         narrow = window is not None and keys > window
         causal = queries == keys > 1 and not narrow
@@ -176,11 +176,6 @@ def _segment_by_segment(query, key, value, layout, scaling, window):
         )
         output.append(seen.transpose(1, 2))
     return torch.cat(output, dim=1)
-
-
-def _stretches(tensor: Tensor, path: list[tuple[int, int]]) -> Tensor:
-    parts = [tensor[:, :, begin:end] for begin, end in path]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
 @contextmanager

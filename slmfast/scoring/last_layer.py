@@ -23,7 +23,8 @@ def only_at(places: Tensor, decoder: nn.Module) -> Iterator[None]:
     whole, own = mlp.forward, vars(mlp).get("forward")
 
     def narrow(x: Tensor) -> Tensor:
-        return torch.zeros_like(x).index_copy_(1, places, whole(x.index_select(1, places)))
+        found = whole(x.index_select(1, places))  # under autocast of another dtype than x
+        return torch.zeros_like(x, dtype=found.dtype).index_copy_(1, places, found)
 
     mlp.forward = narrow
     try:

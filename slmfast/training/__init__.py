@@ -1,12 +1,14 @@
 """SFT and KTO at learning rates whose steps a bf16 weight cannot hold.
 
 settings        what a run is told: TrainSettings, imported without torch
-data            Parquet in TRL's format -> token ids, micro-batches, the order of the epochs
-logprobs        log-probabilities of labelled tokens, the head applied to those positions alone
-sft, kto        the two losses, with the public entries train_sft and train_kto
-optimizer       AdamW on fp32 masters with compensated large weights, in fp32 or with 8-bit states; the schedule
-split_weights   fp32 masters as bf16 weights and the 16 bits below them
-split_adamw     AdamW on split weights with 8-bit states
+data            Parquet in TRL's format -> token ids, groups, the order of the epochs
+passes          a model over pairs of prompt and completion, in packs, with gradients or without
+layers          what a model's layers do while it trains
+logprobs        log-probabilities of completions, the head applied where a target asks for it
+pack_budget     how many tokens a pack has, and what happens where the memory does not hold it
+sft, kto        the two objectives, with the public entries train_sft and train_kto
+kto_loss        KTO's formula, public as slmfast.kto_loss
+optimizer       AdamW on fp32 masters with compensated large weights; the schedule
 trainer         transformers.Trainer whose batch is a whole step
 run             one run from its arguments to a complete model folder
 checkpoint      exact, checked checkpoints in safetensors and JSON

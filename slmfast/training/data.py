@@ -1,6 +1,6 @@
-"""From Parquet in TRL's format to token ids, micro-batches and the order of the epochs.
+"""From Parquet in TRL's format to token ids, groups and the order of the epochs.
 
-Micro-batches ("groups") are formed once, of neighbouring rows; an epoch permutes groups and never rows, so that a
+Groups are formed once, of neighbouring rows; an epoch permutes groups and never rows, so that a
 group's KL pairs and reference log-probabilities stay true for the whole run.
 """
 
@@ -32,6 +32,10 @@ class TokenSet:
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    def length(self, prompt: int, completion: int) -> int:
+        """The tokens of the pair of one row's prompt and another's, or the same row's, completion."""
+        return len(self.prompts[prompt]) + len(self.completions[completion])
 
     def keep(self, rows: Sequence[int]) -> "TokenSet":
         """These rows alone; the others count as skipped."""
@@ -75,7 +79,7 @@ def load_tokens(path: Path, tokenizer: Any, settings: TrainSettings) -> TokenSet
         completions.append(np.array(completion, dtype=np.int32))
         labels.append(_label(row, where) if settings.method == "kto" else None)
     tokens = TokenSet(prompts, completions, np.array(labels, dtype=bool) if settings.method == "kto" else None, skipped)
-    if settings.method == "kto":
+    if settings.takes_pairs:
         tokens = _fit_pairs(tokens, path, settings)
     _check_whole(tokens, path, settings)
     return tokens
@@ -147,7 +151,7 @@ def _fit_pairs(tokens: TokenSet, path: Path, settings: TrainSettings) -> TokenSe
         long = []
         for group in make_groups(len(tokens), settings.batch_size):
             for row, other in zip(group, rotated(group), strict=True):
-                length = len(tokens.prompts[row]) + len(tokens.completions[other])
+                length = tokens.length(row, other)
                 if length > settings.max_length:
                     _refuse_long(f"{path}: the KL pair of kept rows {row} and {other}", length, settings)
                     long.append(row)

@@ -1,14 +1,7 @@
-"""KTO: Kahneman-Tversky optimisation of unpaired desirable and undesirable replies.
+"""KTO: training on unpaired replies, each labelled desirable or undesirable, held to a reference model."""
 
-Ethayarajh et al., "KTO: Model Alignment as Prospect Theoretic Optimization", arXiv 2402.01306, equations 7 and 8, in
-the form TRL trains: the reference point z0 comes from mismatched pairs inside small groups.
-"""
-
-import math
-from collections.abc import Sequence
-from numbers import Integral, Real
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,135 +11,92 @@ from slmfast.model_folder import check_model_folder, write_tensors
 from slmfast.progress import Progress
 from slmfast.store import atomic_path, digest, model_digest
 from slmfast.training.checkpoint import load_tensors
-from slmfast.training.data import TokenSet, make_groups, rotated
-from slmfast.training.logprobs import completion_logprobs, forward_precision, make_batch
+from slmfast.training.data import TokenSet, rotated
+from slmfast.training.kto_loss import reference_points, sample_losses
+from slmfast.training.passes import Pair, Passes, numbers
+from slmfast.training.run import Run, Setup, load_model, train
 from slmfast.training.settings import TrainSettings
-
-if TYPE_CHECKING:  # at run time it would bring transformers' Trainer to all who only want kto_loss
-    from slmfast.training.run import Run
-
-
-def kto_loss(
-    policy_logps: Tensor,
-    reference_logps: Tensor,
-    policy_kl_logps: Tensor,
-    reference_kl_logps: Tensor,
-    labels: Any,
-    *,
-    beta: float = 0.1,
-    desirable_weight: float = 1.0,
-    undesirable_weight: float = 1.0,
-    group_size: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The KTO loss of every sample, and the reference point of every group.
-
-    With r = policy - reference and, per group, z0 = max(0, mean(policy_kl - reference_kl)), detached:
-    a desirable reply costs desirable_weight * (1 - sigmoid(beta * (r - z0))),
-    an undesirable one undesirable_weight * (1 - sigmoid(beta * (z0 - r))). The loss of a step is their mean.
-
-    Args:
-        policy_logps, reference_logps: [n] log-probabilities of whole completions, in nats.
-        policy_kl_logps, reference_kl_logps: [n] the same of the mismatched pairs.
-        labels: [n] bool or 0/1, is the completion desirable?
-        group_size: samples that share one z0, counted from the start; a last group of one joins the group before it.
-            None makes all n samples one group.
-
-    Returns:
-        (losses [n], z0 [number of groups]).
-
-    Raises:
-        ValueError: the shapes differ, a label is neither 0 nor 1, or beta, a weight or group_size is out of range.
-    """
-    tensors = [torch.as_tensor(t) for t in (policy_logps, reference_logps, policy_kl_logps, reference_kl_logps)]
-    policy, reference, policy_kl, reference_kl = tensors
-    desirable = torch.as_tensor(labels, device=policy.device)
-    if any(t.shape != policy.shape for t in [*tensors, desirable]) or policy.dim() != 1:
-        raise ValueError("kto_loss takes five vectors of one length: " + ", ".join(str(list(t.shape)) for t in tensors))
-    if desirable.dtype != torch.bool and not ((desirable == 0) | (desirable == 1)).all():
-        raise ValueError("a KTO label is neither 0 nor 1: give bool, or 1 for desirable and 0 for undesirable")
-    if group_size is not None and (not isinstance(group_size, Integral) or group_size < 2):
-        raise ValueError(f"group_size is {group_size!r}: give a whole number of at least 2, or None for one group")
-    if not isinstance(beta, Real) or not 0 < beta < math.inf:
-        raise ValueError(f"beta is {beta!r}: give a number above 0")
-    for name, weight in (("desirable_weight", desirable_weight), ("undesirable_weight", undesirable_weight)):
-        if not isinstance(weight, Real) or not 0 <= weight < math.inf:
-            raise ValueError(f"{name} is {weight!r}: give a number of at least 0")
-    n = len(policy)
-    groups = make_groups(n, group_size or max(n, 1))
-    gaps = (policy_kl - reference_kl).detach()
-    empty = gaps.new_zeros(0)
-    z0 = torch.stack([gaps[group.start : group.stop].mean().clamp(min=0) for group in groups]) if groups else empty
-    sizes = torch.tensor([len(group) for group in groups], dtype=torch.int64, device=z0.device)
-    gain = policy - reference - z0.repeat_interleave(sizes, output_size=n)
-    # 1 - sigmoid(x) is sigmoid(-x), which keeps its digits where the sigmoid is near 1.
-    losses = torch.where(
-        desirable.bool(),
-        desirable_weight * torch.sigmoid(-beta * gain),
-        undesirable_weight * torch.sigmoid(beta * gain),
-    )
-    return losses, z0
 
 
 class KtoObjective:
-    """The loss of KTO over groups of rows: its sum over samples, to be divided by the samples of the whole step."""
+    """The loss of KTO: the mean over a step's samples, each held to the reference point of its own group.
 
-    def __init__(
-        self, tokens: TokenSet, groups: Sequence[Sequence[int]], settings: TrainSettings, device: torch.device
-    ):
-        self._tokens, self._groups, self._settings, self._device = tokens, groups, settings, device
-        self._labels = torch.as_tensor(tokens.labels, device=device)
+    A step first runs its mismatched pairs, without gradients, in packs of their own: with every group's z0 known, a
+    pack of the policy may hold samples of any groups.
+    """
+
+    def __init__(self, tokens: TokenSet, groups: Sequence[Sequence[int]], settings: TrainSettings, passes: Passes):
+        self._tokens, self._groups, self._settings, self._passes = tokens, groups, settings, passes
+        self._labels = torch.as_tensor(tokens.labels, device=passes.device)
         self._reference: Tensor | None = None  # float64 [2, rows]: matched and mismatched pairs
-        self._noted: list[Tensor] = []  # rewards and z0 since the metrics were last read, kept on the device
+        self._noted: Tensor | None = None  # sums over the step just done, kept on the device
 
     def set_reference(self, reference: Tensor) -> None:
         """Takes the reference's log-probabilities, float64 [2, rows], in the order of the rows."""
-        self._reference = reference.to(self._device)
+        self._reference = reference.to(self._passes.device)
 
-    def reference_logprobs(self, model: nn.Module, progress: bool = True) -> Tensor:
+    def reference_logprobs(
+        self, model: nn.Module, steps: Sequence[Sequence[int]], budget: int, progress: bool = True
+    ) -> Tensor:
         """What a reference model gives the matched and the mismatched pairs, float64 [2, rows].
 
-        The same code, batches and precision as the policy's: rewards of an untrained policy are exactly zero.
+        The policy's own kernels and precision, and the packs of `steps`, the groups of each step of the first epoch:
+        there the rewards and z0 of an untrained policy are zero to the bit. Later epochs pack other groups together,
+        and with that the rounding changes: in fp32 by about 1e-6 of a log-probability.
+
+        The second row is zero where the loss takes no mismatched pairs.
         """
         shown = Progress("train kto: reference", len(self._tokens), "rows") if progress else None
-        parts = []
-        with torch.no_grad():
-            for group in range(len(self._groups)):
-                parts.append(torch.stack([self._matched(model, group), self._mismatched(model, group)]).cpu())
-                if shown:
-                    shown.add(len(self._groups[group]))
+        found = torch.zeros(2, len(self._tokens), dtype=torch.float64)
+        for groups in steps:
+            rows = self._rows(groups)
+            found[0, rows] = self._passes.same_without_gradient(model, self._matched(rows), budget).cpu()
+            if self._settings.takes_pairs:
+                found[1, rows] = self._passes.score(model, self._mismatched(groups), budget).cpu()
+            if shown:
+                shown.add(len(rows))
         if shown:
             shown.close()
-        return torch.cat(parts, dim=1)
+        return found
 
-    def size(self, groups: Sequence[int]) -> int:
-        """How many samples these groups hold."""
-        return sum(len(self._groups[group]) for group in groups)
+    def accumulate(
+        self, model: nn.Module, groups: Sequence[int], budget: int, backward: Callable[[Tensor], None]
+    ) -> Tensor:
+        """Adds the gradient of a step's loss, pack by pack; the loss, float64 scalar."""
+        rows = self._rows(groups)
+        z0 = self._reference_points(model, groups, rows, budget)
+        sizes = torch.tensor([len(self._groups[group]) for group in groups], device=z0.device)
+        points = z0.repeat_interleave(sizes, output_size=len(rows))
+        desirable, reference = self._labels[rows], self._reference[0, rows]
+        total, packs = torch.zeros_like(points[0]), 0
+        rewards = torch.empty_like(points)
+        with self._passes.training(model, self._matched(rows), budget) as batches:
+            for batch in batches:
+                mine = numbers(batch)
+                gain = self._passes.train_logprobs(model, batch) - reference[mine]
+                loss = self._losses(gain - points[mine], desirable[mine]).sum() / len(rows)
+                backward(loss)
+                total += loss.detach()
+                rewards[mine] = self._settings.beta * gain.detach()
+                packs += 1
+        good = desirable.double()  # products and no indexing: a mask's size would be awaited from the device
+        sums = [(rewards * good).sum(), (rewards * (1 - good)).sum(), good.sum(), (1 - good).sum(), z0.mean()]
+        self._noted = torch.stack([*sums, z0.new_tensor(packs)])
+        return total
 
-    def loss_sum(self, model: nn.Module, group: int) -> Tensor:
-        """The summed losses of one group, float64 scalar. The KL pass has no gradient."""
-        rows = slice(self._groups[group].start, self._groups[group].stop)
-        with torch.no_grad():
-            mismatched = self._mismatched(model, group)
-        matched = self._matched(model, group)
-        reference, reference_kl = self._reference[:, rows]
-        losses, z0 = kto_loss(
-            matched,
-            reference,
-            mismatched,
-            reference_kl,
-            self._labels[rows],
-            beta=self._settings.beta,
-            desirable_weight=self._settings.desirable_weight,
-            undesirable_weight=self._settings.undesirable_weight,
-        )
-        self._note(self._settings.beta * (matched.detach() - reference), self._labels[rows], z0)
-        return losses.sum()
+    def longest(self, groups: Sequence[int]) -> int:
+        """The most tokens that a sequence of these groups has, mismatched pairs included."""
+        rows = self._rows(groups)
+        matched = max(self._tokens.length(row, row) for row in rows)
+        if not self._settings.takes_pairs:
+            return matched
+        pairs = zip(rows, self._partners(groups), strict=True)
+        return max(matched, *(self._tokens.length(row, other) for row, other in pairs))
 
     def metrics(self) -> dict[str, float]:
-        """What to log of the step just done: samples, mean z0, mean reward of each class and their margin."""
-        good, bad, goods, bads, z0, groups = torch.stack(self._noted).sum(0).tolist()
-        self._noted = []
-        found = {"samples": goods + bads, "z0": z0 / groups}
+        """What to log of the step just done: samples, packs, mean z0, mean reward of each class and their margin."""
+        good, bad, goods, bads, z0, packs = self._noted.tolist()
+        found = {"samples": int(goods + bads), "packs": int(packs), "z0": z0}
         if goods:
             found["reward_desirable"] = good / goods
         if bads:
@@ -155,24 +105,30 @@ class KtoObjective:
             found["margin"] = found["reward_desirable"] - found["reward_undesirable"]
         return found
 
-    def _note(self, rewards: Tensor, desirable: Tensor, z0: Tensor) -> None:
-        good = desirable.double()  # products and no indexing: a mask's size would be awaited from the device
-        sums = [(rewards * good).sum(), (rewards * (1 - good)).sum(), good.sum(), (1 - good).sum(), z0.sum()]
-        self._noted.append(torch.stack([*sums, z0.new_tensor(len(z0))]))
+    def _reference_points(self, model: nn.Module, groups: Sequence[int], rows: list[int], budget: int) -> Tensor:
+        """z0 of each group, float64 [groups]."""
+        if not self._settings.takes_pairs:
+            return torch.zeros(len(groups), dtype=torch.float64, device=self._passes.device)
+        policy = self._passes.score(model, self._mismatched(groups), budget)
+        return reference_points(policy - self._reference[1, rows], [len(self._groups[group]) for group in groups])
 
-    def _matched(self, model: nn.Module, group: int) -> Tensor:
-        return self._logprobs(model, self._groups[group], self._groups[group])
+    def _losses(self, margin: Tensor, desirable: Tensor) -> Tensor:
+        told = self._settings
+        return sample_losses(margin, desirable, told.beta, told.desirable_weight, told.undesirable_weight)
 
-    def _mismatched(self, model: nn.Module, group: int) -> Tensor:
-        return self._logprobs(model, self._groups[group], rotated(self._groups[group]))
+    def _rows(self, groups: Sequence[int]) -> list[int]:
+        return [row for group in groups for row in self._groups[group]]
 
-    def _logprobs(self, model: nn.Module, prompts: Sequence[int], completions: Sequence[int]) -> Tensor:
-        pairs = [
-            (self._tokens.prompts[prompt], self._tokens.completions[completion])
-            for prompt, completion in zip(prompts, completions, strict=True)
-        ]
-        with forward_precision(self._settings.forward, self._device):
-            return completion_logprobs(model, make_batch(pairs, self._device))
+    def _matched(self, rows: Sequence[int]) -> list[Pair]:
+        return [(self._tokens.prompts[row], self._tokens.completions[row]) for row in rows]
+
+    def _mismatched(self, groups: Sequence[int]) -> list[Pair]:
+        pairs = zip(self._rows(groups), self._partners(groups), strict=True)
+        return [(self._tokens.prompts[row], self._tokens.completions[other]) for row, other in pairs]
+
+    def _partners(self, groups: Sequence[int]) -> list[int]:
+        """For each row of these groups the one whose completion makes the mismatched pair with its prompt."""
+        return [row for group in groups for row in rotated(self._groups[group])]
 
 
 def train_kto(
@@ -198,27 +154,29 @@ def train_kto(
     Raises:
         UserError: as `train_sft`; also a set without one of the two labels.
     """
-    from slmfast.training.run import Run, train
-
     start, held = Path(model), check_model_folder(Path(reference or model))
     run = Run(start, Path(dataset), Path(output), settings, seed, threads, work and Path(work), progress)
 
-    def objective(policy: nn.Module, tokens: TokenSet, groups: list[range], device: torch.device) -> KtoObjective:
-        made = KtoObjective(tokens, groups, settings, device)
-        made.set_reference(_reference(made, run, policy, held, device))
+    def objective(policy: nn.Module, setup: Setup) -> KtoObjective:
+        made = KtoObjective(setup.tokens, setup.groups, settings, setup.passes)
+        made.set_reference(_reference(made, run, policy, held, setup))
         return made
 
     return train(run, "kto", objective, inputs={"reference": model_digest(held)})
 
 
-def _reference(made: KtoObjective, run: "Run", policy: nn.Module, held: Path, device: torch.device) -> Tensor:
+def _reference(made: KtoObjective, run: Run, policy: nn.Module, held: Path, setup: Setup) -> Tensor:
     """The reference's log-probabilities, from the work folder where an earlier start left them."""
-    from slmfast.training.run import load_model
-
     path = run.work_folder / f"reference-{digest([run.fingerprint, model_digest(held)])}.safetensors"
     if not path.exists():
-        model = policy if held.resolve() == run.model.resolve() else load_model(held).to(device)
-        values = made.reference_logprobs(model.eval(), run.progress)
+        model = policy if held.resolve() == run.model.resolve() else load_model(held).to(setup.passes.device)
+        steps = [setup.order[step].tolist() for step in range(setup.order.steps_per_epoch)]
+        values = setup.budget.run(
+            step=0,
+            longest=made.longest(range(len(setup.groups))),
+            compute=lambda tokens: made.reference_logprobs(model.eval(), steps, tokens, run.progress),
+            undo=lambda: None,
+        )
         if not values.isfinite().all():
             raise UserError(f"the reference {held} gives a reply a log-probability that is not finite: check the model")
         with atomic_path(path) as temporary:

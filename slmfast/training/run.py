@@ -1,5 +1,7 @@
 """One training run from its arguments to a complete model folder: what SFT and KTO share."""
 
+import errno
+import importlib.util
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,12 +25,15 @@ from slmfast.store import atomic_path, digest, model_digest, read_json, remove, 
 from slmfast.training import checkpoint
 from slmfast.training.data import StepOrder, TokenSet, dataset_digest, load_tokens, make_groups
 from slmfast.training.optimizer import make_optimizer, rate_factor
+from slmfast.training.pack_budget import PackBudget, usual_budget
+from slmfast.training.passes import Passes
 from slmfast.training.settings import TrainSettings
 from slmfast.training.trainer import Objective, ShowProgress, StepTrainer
 
 CARD = "training.json"
 LOG = "training_log.json"
-MARK = "run.json"  # in the work folder: whose checkpoints these are
+MARK = "run.json"  # in the work folder: whose checkpoints these are, and the budgets of their packs
+WITHOUT_EFFECT = ("save_steps", "checkpointing", "report_to")  # on a result's bytes
 
 
 @dataclass
@@ -51,7 +56,18 @@ class Run:
         return self.work or self.output.parent / ".work" / self.output.name
 
 
-MakeObjective = Callable[[nn.Module, TokenSet, list[range], torch.device], Objective]
+@dataclass(frozen=True)
+class Setup:
+    """What a run has made of its arguments by the time that an objective is asked for."""
+
+    tokens: TokenSet
+    groups: list[range]
+    order: StepOrder
+    passes: Passes
+    budget: PackBudget
+
+
+MakeObjective = Callable[[nn.Module, Setup], Objective]
 
 
 def train(run: Run, method: str, make_objective: MakeObjective, inputs: dict[str, str] | None = None) -> Path:
@@ -63,9 +79,10 @@ def train(run: Run, method: str, make_objective: MakeObjective, inputs: dict[str
     if settings.method != method:
         raise UserError(f"method is {settings.method!r} in the settings of train_{method}: set it to {method!r}")
     _check_seed(run)
+    _check_report(settings)
     check_model_folder(run.model)
     check_output(run.output, CARD, [run.model, run.dataset])
-    with _threads(run.threads), _quiet_transformers():
+    with _threads(run.threads), _quiet_transformers(), _full_disk_named(run):
         run.fingerprint = _fingerprint(run, inputs or {})
         if _is_done(run):
             if _work_owner(run) == run.fingerprint:  # killed when all was done but this
@@ -76,35 +93,62 @@ def train(run: Run, method: str, make_objective: MakeObjective, inputs: dict[str
         _prepare_work(run)
         # A model is never trained beyond the positions it knows, whatever max_length allows.
         settings = replace(settings, max_length=min(settings.max_length, _positions(run.model, settings)))
-        tokens = load_tokens(run.dataset, load_tokenizer(run.model), settings)
-        groups = make_groups(len(tokens), settings.batch_size)
-        order = StepOrder(len(groups), settings.accumulation, settings.epochs, run.seed)
-        print(describe(settings, tokens, order), file=sys.stderr)
-        arguments = _arguments(run, order)
-        model.to(arguments.device)
-        objective = make_objective(model, tokens, groups, arguments.device)
-        optimizer = make_optimizer(model, settings, settings.warmup_steps(len(order)))
-        scheduler = LambdaLR(optimizer, rate_factor(settings, len(order)))
-        trainer = StepTrainer(model, objective, order, arguments, (optimizer, scheduler))
+        setup, arguments = _set_up(run, settings, model)
+        print(describe(settings, setup), file=sys.stderr)
+        optimizer = make_optimizer(model, settings, settings.warmup_steps(len(setup.order)))
+        _check_forward(settings, optimizer)
+        objective = make_objective(model, setup)
+        scheduler = LambdaLR(optimizer, rate_factor(settings, len(setup.order)))
+        trainer = StepTrainer(model, objective, setup.order, arguments, (optimizer, scheduler), setup.budget)
         if run.progress:
             trainer.add_callback(ShowProgress(method))
         found = checkpoint.latest(run.work_folder)
         trainer.train(resume_from_checkpoint=str(found) if found else None)
-        _export(run, model, tokens, order, trainer.history())
+        _export(run, model, setup, trainer.history())
     _clear_work(run)
     return run.output
 
 
-def describe(settings: TrainSettings, tokens: TokenSet, order: StepOrder) -> str:
-    """What a run is about to do, in one line: data, step, number of steps, schedule."""
+def _set_up(run: Run, settings: TrainSettings, model: nn.Module) -> tuple[Setup, TrainingArguments]:
+    """Reads the data, puts the model on its device and decides on packs."""
+    tokens = load_tokens(run.dataset, load_tokenizer(run.model), settings)
+    groups = make_groups(len(tokens), settings.batch_size)
+    order = StepOrder(len(groups), settings.accumulation, settings.epochs, run.seed)
+    arguments = _arguments(run, order)
+    model.to(arguments.device)
+    passes = Passes(settings.forward, _checkpoints(settings, arguments.device), arguments.device)
+    budget = PackBudget(run.work_folder / MARK, lambda: _pack_tokens(model, settings, passes))
+    return Setup(tokens, groups, order, passes, budget), arguments
+
+
+def describe(settings: TrainSettings, setup: Setup) -> str:
+    """What a run is about to do, in one line: data, step, number of steps, schedule, packs."""
+    tokens, order = setup.tokens, setup.order
     warmup, factor = settings.warmup_steps(len(order)), rate_factor(settings, len(order))
     skipped = f" ({tokens.skipped:,} over {settings.max_length} tokens left out)" if tokens.skipped else ""
     return (
         f"train {settings.method}: {len(tokens):,} rows{skipped}; {settings.batch_size} x {settings.accumulation} = "
         f"{settings.effective_batch:,} samples a step; {order.steps_per_epoch:,} steps x {settings.epochs} epochs = "
         f"{len(order):,} steps; {settings.schedule} schedule to {settings.learning_rate:g}, {warmup} warm-up steps, "
-        f"the first at {settings.learning_rate * factor(0):g}; {settings.optimizer}, {settings.forward} forward"
+        f"the first at {settings.learning_rate * factor(0):g}; {settings.optimizer}, {settings.forward} forward, packs "
+        f"of at most {setup.budget.at(0):,} tokens{', layers checkpointed' if setup.passes.checkpointing else ''}"
     )
+
+
+def _checkpoints(settings: TrainSettings, device: torch.device) -> bool:
+    return settings.checkpointing == "on" or (settings.checkpointing == "auto" and device.type == "cuda")
+
+
+def _pack_tokens(model: nn.Module, settings: TrainSettings, passes: Passes) -> int:
+    states = 2 if settings.optimizer == "adamw8bit" else 8
+    return settings.pack_tokens or usual_budget(model, passes.checkpointing, states)
+
+
+def _check_forward(settings: TrainSettings, optimizer: torch.optim.Optimizer) -> None:
+    if settings.forward == "split" and not getattr(optimizer, "splits_weights", False):
+        raise UserError(
+            f"forward is 'split', but the optimizer {settings.optimizer} keeps whole weights: set forward to fp32"
+        )
 
 
 def load_model(path: Path) -> nn.Module:
@@ -155,7 +199,7 @@ def _arguments(run: Run, order: StepOrder) -> TrainingArguments:
         remove_unused_columns=False,
         dataloader_pin_memory=False,
         disable_tqdm=True,
-        report_to="none",
+        report_to=run.settings.report_to,
         log_level="error",
         seed=run.seed,
         use_cpu=not torch.cuda.is_available(),
@@ -167,8 +211,8 @@ def _arguments(run: Run, order: StepOrder) -> TrainingArguments:
 
 
 def _fingerprint(run: Run, inputs: dict[str, str]) -> str:
-    """A hash of all that decides the result's bytes; the checkpoints' rhythm does not."""
-    settings = {key: value for key, value in asdict(run.settings).items() if key != "save_steps"}
+    """A hash of all that decides the result's bytes."""
+    settings = {key: value for key, value in asdict(run.settings).items() if key not in WITHOUT_EFFECT}
     versions = [torch.__version__, transformers.__version__]
     data = dataset_digest(run.dataset)
     return digest([model_digest(run.model), data, inputs, settings, run.seed, torch.get_num_threads(), versions])
@@ -178,6 +222,13 @@ def _check_seed(run: Run) -> None:
     if isinstance(run.seed, bool) or not isinstance(run.seed, Integral) or not 0 <= run.seed < 2**32:
         raise UserError(f"seed is {run.seed!r}: set it to a whole number from 0 to {2**32 - 1}")
     run.seed = int(run.seed)
+
+
+def _check_report(settings: TrainSettings) -> None:
+    """Refuses to report to what is not installed; transformers would find that out in the middle of its start."""
+    packages = {"none": (), "tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}[settings.report_to]
+    if packages and not any(importlib.util.find_spec(package) for package in packages):
+        raise UserError(f"report_to is {settings.report_to!r}, which is not installed: pip install {packages[0]}")
 
 
 def _check_names(path: Path, model: nn.Module) -> None:
@@ -231,17 +282,18 @@ def _positions(model: Path, settings: TrainSettings) -> int:
     return read_json(model / "config.json").get("max_position_embeddings") or settings.max_length
 
 
-def _export(run: Run, model: nn.Module, tokens: TokenSet, order: StepOrder, history: list[dict[str, float]]) -> None:
+def _export(run: Run, model: nn.Module, setup: Setup, history: list[dict[str, float]]) -> None:
     """Writes the complete model folder: fp32 weights, config, tokenizer, card and log."""
     parameters = dict(sorted(model.named_parameters()))
     card = {
         "method": run.settings.method,
         "settings": asdict(run.settings),
         "seed": run.seed,
-        "rows": len(tokens),
-        "rows_over_the_window": tokens.skipped,
-        "steps": len(order),
-        "steps_per_epoch": order.steps_per_epoch,
+        "rows": len(setup.tokens),
+        "rows_over_the_window": setup.tokens.skipped,
+        "steps": len(setup.order),
+        "steps_per_epoch": setup.order.steps_per_epoch,
+        "pack_tokens": setup.budget.history,
         "fingerprint": run.fingerprint,
     }
     if run.settings.forward != "fp32":
@@ -279,6 +331,20 @@ def _threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def _full_disk_named(run: Run) -> Iterator[None]:
+    """Turns a disk without room into one line; what is half-written goes, and what was whole before stays."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(
+            f"no room is left on the disk for {run.output} or its checkpoints in {run.work_folder}: free some and "
+            "start the same run again, which goes on from the last checkpoint"
+        ) from error
 
 
 @contextmanager

@@ -9,7 +9,9 @@ from slmfast.errors import UserError
 METHODS = ("sft", "kto")
 SCHEDULES = ("cosine", "linear", "constant")
 OPTIMIZERS = ("adamw", "adamw8bit", "adamw8bit-split")
-FORWARDS = ("fp32", "bf16")
+FORWARDS = ("fp32", "bf16", "split")
+LOSS_TYPES = ("kto", "apo_zero_unpaired")
+REPORTS = ("none", "tensorboard", "wandb")
 TOO_LONG = ("refuse", "skip")
 
 
@@ -30,10 +32,10 @@ class TrainSettings:
     """Passes over the data."""
 
     batch_size: int = 4
-    """Samples in a micro-batch; for KTO also the group whose replies are rotated for the KL estimate."""
+    """Samples in a group; KTO rotates the replies of a group for its KL estimate."""
 
     accumulation: int = 250
-    """Micro-batches in an optimizer step: a step is batch_size x accumulation samples."""
+    """Groups in an optimizer step: a step is batch_size x accumulation samples, in as few packs as memory allows."""
 
     warmup_ratio: float = 0.005
     """The share of all steps that warm up; the first of them already has a rate above zero."""
@@ -48,6 +50,9 @@ class TrainSettings:
 
     beta: float = 0.1
     """KTO's beta: how strongly the policy is held to the reference."""
+
+    loss_type: str = "kto"
+    """KTO's loss: "kto", or "apo_zero_unpaired", which has no reference point and so no pass over mismatched pairs."""
 
     desirable_weight: float = 1.0
     """KTO's weight of a desirable reply's loss."""
@@ -68,28 +73,54 @@ class TrainSettings:
     """Optimizer steps between two checkpoints."""
 
     forward: str = "fp32"
-    """The precision of the forward and backward pass: "fp32", or "bf16" by autocast. The masters are fp32 in both."""
+    """The precision of the forward and backward pass: "fp32"; "bf16" by autocast; or "split", the products of both
+    halves of split masters, which needs their optimizer. The masters carry fp32's precision in all three."""
+
+    pack_tokens: int | None = None
+    """The most tokens of a pack; by default what suits the machine, chosen at a run's first start and then kept. The
+    result depends on it by no more than rounding. Where the memory does not hold a pack, it is halved."""
+
+    checkpointing: bool | str = "auto"
+    """Whether decoder layers run again in the backward pass, which takes a third more time and much less memory: "on",
+    "off", or "auto", which is on on CUDA alone. The result is the same to the bit."""
+
+    report_to: str = "none"
+    """Where transformers' Trainer also reports to: "tensorboard" (below `runs/` in the work folder, or where the
+    environment variable TENSORBOARD_LOGGING_DIR says), "wandb" or "none"."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.checkpointing, bool):  # YAML reads on and off as such
+            object.__setattr__(self, "checkpointing", "on" if self.checkpointing else "off")
         for key, choices in (
             ("method", METHODS),
             ("schedule", SCHEDULES),
             ("optimizer", OPTIMIZERS),
             ("forward", FORWARDS),
+            ("loss_type", LOSS_TYPES),
+            ("checkpointing", ("auto", "on", "off")),
+            ("report_to", REPORTS),
             ("too_long", TOO_LONG),
         ):
             _check(key, getattr(self, key), getattr(self, key) in choices, f"set it to one of {', '.join(choices)}")
         for key in ("epochs", "batch_size", "accumulation", "max_length", "save_steps"):
             value = getattr(self, key)
             _check(key, value, _is_integer(value) and value >= 1, "set it to a whole number of at least 1")
+        if self.pack_tokens is not None:
+            whole = _is_integer(self.pack_tokens) and self.pack_tokens >= 1
+            _check("pack_tokens", self.pack_tokens, whole, "set it to a whole number of at least 1, or leave it out")
         for key in ("learning_rate", "beta"):
             _check(key, getattr(self, key), _is_number(getattr(self, key), above=0.0), "set it to a number above 0")
         for key in ("desirable_weight", "undesirable_weight", "clip"):
             _check(key, getattr(self, key), _is_number(getattr(self, key)), "set it to a number of at least 0")
         ratio = self.warmup_ratio
         _check("warmup_ratio", ratio, _is_number(ratio) and ratio <= 1, "set it to a share between 0 and 1")
-        if self.method == "kto" and self.batch_size < 2:
+        if self.takes_pairs and self.batch_size < 2:
             raise UserError("batch_size is 1, which leaves KTO no other reply to pair: set it to at least 2")
+
+    @property
+    def takes_pairs(self) -> bool:
+        """Whether the loss asks for mismatched pairs of a prompt and another prompt's reply."""
+        return self.method == "kto" and self.loss_type == "kto"
 
     @property
     def effective_batch(self) -> int:

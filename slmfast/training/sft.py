@@ -1,43 +1,48 @@
 """Supervised fine-tuning: cross-entropy of the completion tokens, normalised over the whole step."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from slmfast.training.data import TokenSet
-from slmfast.training.logprobs import forward_precision, make_batch, token_logprobs
-from slmfast.training.run import Run, train
+from slmfast.training.passes import Passes
+from slmfast.training.run import Run, Setup, train
 from slmfast.training.settings import TrainSettings
 
 
 class SftObjective:
-    """The loss of SFT over groups of rows: its sum over tokens, to be divided by the tokens of the whole step."""
+    """The loss of SFT: the mean negative log-probability of all completion tokens of a step."""
 
-    def __init__(
-        self, tokens: TokenSet, groups: Sequence[Sequence[int]], settings: TrainSettings, device: torch.device
-    ):
-        self._tokens, self._groups = tokens, groups
-        self._forward, self._device = settings.forward, device
-        self._trained = 0  # tokens since the metrics were last read
+    def __init__(self, tokens: TokenSet, groups: Sequence[Sequence[int]], passes: Passes):
+        self._tokens, self._groups, self._passes = tokens, groups, passes
+        self._noted: dict[str, float] = {}
 
-    def size(self, groups: Sequence[int]) -> int:
-        """How many completion tokens these groups hold."""
-        return sum(len(self._tokens.completions[row]) for group in groups for row in self._groups[group])
+    def accumulate(
+        self, model: nn.Module, groups: Sequence[int], budget: int, backward: Callable[[Tensor], None]
+    ) -> Tensor:
+        """Adds the gradient of a step's loss, pack by pack; the loss, float64 scalar."""
+        rows = [row for group in groups for row in self._groups[group]]
+        pairs = [(self._tokens.prompts[row], self._tokens.completions[row]) for row in rows]
+        size, packs = sum(len(completion) for _, completion in pairs), 0
+        total = torch.zeros((), dtype=torch.float64, device=self._passes.device)
+        with self._passes.training(model, pairs, budget) as batches:
+            for batch in batches:
+                loss = -self._passes.train_logprobs(model, batch).sum() / size
+                backward(loss)
+                total += loss.detach()
+                packs += 1
+        self._noted = {"tokens": size, "packs": packs}
+        return total
 
-    def loss_sum(self, model: nn.Module, group: int) -> Tensor:
-        """The negative log-probability of all completion tokens of one group, float64 scalar."""
-        rows = self._groups[group]
-        batch = make_batch([(self._tokens.prompts[row], self._tokens.completions[row]) for row in rows], self._device)
-        self._trained += len(batch.targets)
-        with forward_precision(self._forward, self._device):
-            return -token_logprobs(model, batch).double().sum()
+    def longest(self, groups: Sequence[int]) -> int:
+        """The most tokens that a sequence of these groups has."""
+        return max(self._tokens.length(row, row) for group in groups for row in self._groups[group])
 
     def metrics(self) -> dict[str, float]:
-        """What to log of the step just done."""
-        tokens, self._trained = self._trained, 0
-        return {"tokens": tokens}
+        """What to log of the step just done: its completion tokens and its packs."""
+        return self._noted
 
 
 def train_sft(
@@ -70,4 +75,8 @@ def train_sft(
         UserError: anything about the model, the data, the output or the loss that the user can mend.
     """
     run = Run(Path(model), Path(dataset), Path(output), settings, seed, threads, work and Path(work), progress)
-    return train(run, "sft", lambda _, tokens, groups, device: SftObjective(tokens, groups, settings, device))
+
+    def objective(_: nn.Module, setup: Setup) -> SftObjective:
+        return SftObjective(setup.tokens, setup.groups, setup.passes)
+
+    return train(run, "sft", objective)

@@ -1,12 +1,13 @@
 """transformers.Trainer whose batch is a whole step: its loop, callbacks and logging, with our order, loss and state.
 
-A step is defined by samples, not by what a device holds at once: `training_step` loops over the step's micro-batches
-and divides by the size of the whole step. Nothing draws random numbers but the order of the groups, which is a
-function of the seed and the step; so a resumed run repeats what the killed one would have done, bit for bit.
+A step is defined by samples, not by what a device holds at once: the objective takes the samples of a step in packs of
+as many tokens as the memory holds, and divides by the size of the whole step. Nothing draws random numbers but the
+order of the groups, which is a function of the seed and the step; so a resumed run repeats what the killed one would
+have done, bit for bit.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,22 +21,28 @@ from slmfast.errors import UserError
 from slmfast.progress import Progress
 from slmfast.training import checkpoint
 from slmfast.training.data import StepOrder
+from slmfast.training.pack_budget import PackBudget
 
 CHECKPOINTS_KEPT = 2  # the one before the newest serves if the newest is damaged
 
 
 class Objective(Protocol):
-    """What is minimised: sums over a group, and what a step's sum is divided by."""
+    """What is minimised."""
 
-    def size(self, groups: Sequence[int]) -> int: ...
+    def accumulate(
+        self, model: nn.Module, groups: Sequence[int], budget: int, backward: Callable[[Tensor], None]
+    ) -> Tensor:
+        """Adds the gradient of a step's loss in packs of `budget` tokens; the loss, float64 scalar."""
 
-    def loss_sum(self, model: nn.Module, group: int) -> Tensor: ...
+    def longest(self, groups: Sequence[int]) -> int:
+        """The most tokens that a sequence of these groups has."""
 
-    def metrics(self) -> dict[str, float]: ...
+    def metrics(self) -> dict[str, float]:
+        """What to log of the step just done."""
 
 
 class StepTrainer(Trainer):
-    """A Trainer that takes one step of `order` at a time and computes it in micro-batches.
+    """A Trainer that takes one step of `order` at a time and computes it in packs of `budget`.
 
     Its checkpoints are ours (see `checkpoint`): no pickle, written whole, checked before use.
     """
@@ -47,23 +54,24 @@ class StepTrainer(Trainer):
         order: StepOrder,
         arguments: TrainingArguments,
         optimizers: tuple[torch.optim.Optimizer, LambdaLR],
+        budget: PackBudget,
     ):
         super().__init__(
             model=model, args=arguments, train_dataset=order, data_collator=_only_item, optimizers=optimizers
         )
         self.remove_callback(PrinterCallback)
-        self._objective, self._order = objective, order
+        self._objective, self._order, self._budget = objective, order, budget
 
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any = None) -> Tensor:
         """Accumulates the gradient of one whole step, fp32, and returns its loss."""
         self.model.eval()  # no dropout: the reference was scored without, and a resumed run must repeat the step
         groups = inputs["groups"].tolist()
-        size = self._objective.size(groups)
-        total = torch.zeros((), dtype=torch.float64, device=self.args.device)
-        for group in groups:
-            loss = self._objective.loss_sum(self.model, group) / size
-            self.accelerator.backward(loss)
-            total += loss.detach()
+        total = self._budget.run(
+            step=self.state.global_step,
+            longest=self._objective.longest(groups),
+            compute=lambda tokens: self._objective.accumulate(self.model, groups, tokens, self.accelerator.backward),
+            undo=lambda: self.model.zero_grad(set_to_none=True),
+        )
         if not torch.isfinite(total):
             self._stop("loss")
         return total.float()
@@ -83,7 +91,8 @@ class StepTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the objective's figures to a step's log, and the epoch as a share of the data seen."""
         if "loss" in logs:
-            logs.update(self._objective.metrics())
+            step = self.state.global_step - 1
+            logs.update(self._objective.metrics() | {"pack_tokens": self._budget.at(step)})
         self.state.epoch = self.state.global_step / self._order.steps_per_epoch
         super().log(logs, start_time)
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from slmfast.training.kto import kto_loss
+from slmfast.training.kto_loss import kto_loss
 
 
 def by_definition(policy, reference, policy_kl, reference_kl, labels, beta, good, bad, groups):
@@ -57,6 +57,18 @@ def test_equals_its_definition(n, size, groups):
     assert z0.tolist() == pytest.approx(points, abs=1e-12)
 
 
+def test_apo_zero_has_no_reference_point():
+    """By TRL's formulas: 1 - sigmoid(beta r) where desirable, sigmoid(beta r) where not."""
+    policy, reference = torch.tensor([-10.0, -20.0]), torch.tensor([-12.0, -18.0])  # r = 2, -2
+    far = torch.tensor([9.0, 9.0])
+    losses, z0 = kto_loss(
+        policy, reference, far, -far, [True, False], undesirable_weight=1.5, loss_type="apo_zero_unpaired"
+    )
+    assert z0.tolist() == [0.0]
+    # 1 - sigmoid(0.2) = 0.4501660; 1.5 * sigmoid(-0.2) = 1.5 * 0.4501660
+    assert losses.tolist() == pytest.approx([0.4501660, 0.6752490], abs=1e-6)
+
+
 @pytest.mark.parametrize("label", [0, 1])
 def test_one_class_alone_has_its_loss(label):
     losses, z0 = kto_loss(*random_logps(6, seed=3), torch.full((6,), label), group_size=3)
@@ -99,6 +111,7 @@ def test_a_bool_label_is_a_0_or_1_label():
     [
         ({"labels": torch.tensor([0, 1, 2, 1])}, "neither 0 nor 1"),
         ({"labels": torch.tensor([0, 1])}, "one length"),
+        ({"loss_type": "dpo"}, "loss_type is 'dpo'"),
         ({"group_size": 1}, "group_size is 1"),
         ({"group_size": "2"}, "group_size is '2'"),
         ({"beta": -1}, "beta is -1"),

@@ -18,9 +18,10 @@ from slmfast.training.sft import train_sft
 
 HERE = Path(__file__).parent
 SETTINGS = TrainSettings(method="kto", learning_rate=1e-3, epochs=2, accumulation=2, warmup_ratio=0.3, save_steps=2)
+SMALL = 60  # tokens: some packs a step
 STEP = "slmfast.training.trainer:StepTrainer.training_step"
-LOSS = "slmfast.training.kto:KtoObjective.loss_sum"
-REFERENCE = "slmfast.training.kto:KtoObjective._mismatched"
+PACK = "slmfast.training.passes:Passes.train_logprobs"
+REFERENCE = "slmfast.training.passes:Passes.score"
 CHECKPOINT_FILE = "slmfast.training.checkpoint:file_digest"  # called for each file of a checkpoint that is written
 SAVED = "slmfast.training.checkpoint:prune"
 EXPORT = "slmfast.training.run:write_companions"
@@ -37,7 +38,7 @@ def test_a_killed_run_ends_with_the_same_bytes(tiny_model, other_tiny_model, kto
     cases = [
         kto | {"kills": [[REFERENCE, 3]]},
         kto | {"kills": [[STEP, 1]]},
-        held | {"kills": [[LOSS, 8]]},  # in the middle of a step
+        held | {"settings": asdict(replace(SETTINGS, pack_tokens=SMALL)), "kills": [[PACK, 38]]},  # in a step's middle
         held | {"kills": [[CHECKPOINT_FILE, 9]]},  # in the middle of the second checkpoint
         kto | {"kills": [[SAVED, 2]]},
         sft | {"kills": [[STEP, 4], [STEP, 3], [STEP, 2]]},  # again and again

@@ -14,6 +14,7 @@ from slmfast.errors import UserError
 from slmfast.fusion import update_survival
 from slmfast.training.data import load_tokens, make_groups
 from slmfast.training.kto import train_kto
+from slmfast.training.passes import Passes
 from slmfast.training.run import _positions, load_model, load_tokenizer
 from slmfast.training.settings import TrainSettings
 from slmfast.training.sft import SftObjective, train_sft
@@ -46,7 +47,7 @@ def test_the_log_has_a_row_a_step_and_no_times(tiny_model, sft_set, tmp_path, ca
     assert [row["step"] for row in log] == [1, 2, 3, 4, 5, 6]
     assert [row["learning_rate"] for row in log][:3] == pytest.approx([1e-3 / 3, 2e-3 / 3, 1e-3])
     assert log[-1]["loss"] < log[0]["loss"]
-    assert set(log[0]) == {"step", "epoch", "loss", "learning_rate", "grad_norm", "tokens"}
+    assert set(log[0]) == {"step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "packs", "pack_tokens"}
     tokens = load_tokens(sft_set, load_tokenizer(tiny_model), SFT)
     assert sum(row["tokens"] for row in log) == 2 * sum(len(ids) for ids in tokens.completions)
     line = capsys.readouterr().err
@@ -88,9 +89,9 @@ def test_a_step_of_1e_8_reaches_the_saved_model(tiny_model, sft_set, tmp_path, o
 
     model = load_model(tiny_model)
     tokens = load_tokens(sft_set, load_tokenizer(tiny_model), settings)
-    objective = SftObjective(tokens, make_groups(len(tokens), 4), settings, torch.device("cpu"))
-    loss = sum(objective.loss_sum(model, group) for group in range(6)) / objective.size(range(6))
-    loss.backward()
+    passes = Passes("fp32", False, torch.device("cpu"))
+    objective = SftObjective(tokens, make_groups(len(tokens), 4), passes)
+    objective.accumulate(model, range(6), 2048, torch.Tensor.backward)
     driven, moved = 0, 0
     for name, parameter in model.named_parameters():
         strong = (parameter.grad.abs() > 100 * 1e-8) & (parameter.detach().abs() < 0.25)
@@ -182,13 +183,13 @@ def test_missing_or_damaged_models_are_named(tiny_model, sft_set, kto_set, tmp_p
 
 @pytest.fixture
 def no_work(monkeypatch):
-    """Fails a test in which a single micro-batch is computed."""
+    """Fails a test in which a single pack is computed."""
 
     def computed(*args):
         raise AssertionError("work was done before the mistake was found")
 
-    monkeypatch.setattr("slmfast.training.sft.token_logprobs", computed)
-    monkeypatch.setattr("slmfast.training.kto.completion_logprobs", computed)
+    monkeypatch.setattr("slmfast.training.passes.Passes.train_logprobs", computed)
+    monkeypatch.setattr("slmfast.training.passes.Passes.score", computed)
 
 
 def changed(model, folder, tensors=None, **config):

@@ -4,8 +4,10 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 
 from slmfast.errors import UserError
+from slmfast.recipe import build
 from slmfast.training.optimizer import rate_factor
 from slmfast.training.settings import TrainSettings
 
@@ -32,6 +34,12 @@ from slmfast.training.settings import TrainSettings
         ("clip", float("inf")),
         ("save_steps", 0),
         ("forward", "fp16"),
+        ("loss_type", "dpo"),
+        ("pack_tokens", 0),
+        ("pack_tokens", 2048.0),
+        ("checkpointing", "yes"),
+        ("checkpointing", 1),
+        ("report_to", "mail"),
     ],
 )
 def test_a_bad_setting_is_named(key, value):
@@ -43,6 +51,17 @@ def test_kto_needs_a_second_reply_in_a_group():
     with pytest.raises(UserError, match="batch_size is 1"):
         TrainSettings(method="kto", learning_rate=1e-8, batch_size=1)
     assert TrainSettings(method="sft", learning_rate=1e-8, batch_size=1).effective_batch == 250
+
+
+def test_apo_zero_needs_no_second_reply():
+    settings = {"method": "kto", "learning_rate": 1e-8, "loss_type": "apo_zero_unpaired"}
+    assert TrainSettings(batch_size=1, **settings).effective_batch == 250
+
+
+@pytest.mark.parametrize(("text", "value"), [("on", "on"), ("off", "off"), ("auto", "auto"), ("'on'", "on")])
+def test_yamls_on_and_off_are_these_words(text, value):
+    told = yaml.safe_load(f"{{method: sft, learning_rate: 1.0e-8, checkpointing: {text}}}")
+    assert build(TrainSettings, told, "").checkpointing == value
 
 
 def test_the_defaults_are_the_papers():

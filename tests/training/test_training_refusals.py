@@ -1,0 +1,113 @@
+"""What a run refuses or survives, in one line: a full disk, a missing package, a forward that its optimizer lacks."""
+
+import errno
+import importlib.util
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from transformers import TrainerCallback
+from transformers.integrations import integration_utils
+
+from slmfast.cli import main
+from slmfast.errors import UserError
+from slmfast.training import checkpoint, run
+from slmfast.training.settings import TrainSettings
+from slmfast.training.sft import train_sft
+
+SFT = TrainSettings(method="sft", learning_rate=1e-3, epochs=2, accumulation=2, save_steps=2)
+
+
+def fill_disk_at(monkeypatch, module, name: str, number: int) -> None:
+    """Makes the `number`-th call of a function that writes a file leave half of one and find no more room."""
+    original, calls = getattr(module, name), []
+
+    def counted(path: Path, *args):
+        calls.append(path)
+        if len(calls) == number:
+            path.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return original(path, *args)
+
+    monkeypatch.setattr(module, name, counted)
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "number", "left"),
+    [
+        (checkpoint, "write_typed_tensors", 3, ["checkpoint-2", "run.json"]),  # the second checkpoint's weights
+        (run, "write_tensors", 1, ["checkpoint-4", "checkpoint-6", "run.json"]),  # the finished model's
+    ],
+    ids=["checkpoint", "model"],
+)
+def test_a_full_disk_is_one_line_and_costs_no_checkpoint(
+    tiny_model, sft_set, tmp_path, monkeypatch, module, name, number, left
+):
+    calm = train_sft(tiny_model, sft_set, tmp_path / "calm", SFT, progress=False)
+    fill_disk_at(monkeypatch, module, name, number)
+    with pytest.raises(
+        UserError, match=r"no room is left on the disk for .*: free some and start the same run"
+    ) as caught:
+        train_sft(tiny_model, sft_set, tmp_path / "S1", SFT, progress=False)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "S1").exists()
+    assert sorted(path.name for path in (tmp_path / ".work" / "S1").iterdir()) == left
+    monkeypatch.undo()
+    output = train_sft(tiny_model, sft_set, tmp_path / "S1", SFT, progress=False)
+    assert (output / "model.safetensors").read_bytes() == (calm / "model.safetensors").read_bytes()
+
+
+def test_the_command_ends_with_the_line_and_code_2(tiny_model, sft_set, tmp_path, monkeypatch, capsys):
+    fill_disk_at(monkeypatch, checkpoint, "write_typed_tensors", 1)
+    told = ["--set", "learning_rate=1e-3", "--set", "epochs=1", "--set", "accumulation=2", "--set", "checkpointing=on"]
+    assert main(["train", "sft", str(sft_set), "--model", str(tiny_model), "-o", str(tmp_path / "S1"), *told]) == 2
+    error = capsys.readouterr().err
+    assert error.splitlines()[-1].startswith("slmfast: no room is left") and "Traceback" not in error
+    assert "layers checkpointed" in error
+
+
+@pytest.mark.parametrize(("report", "package"), [("tensorboard", "tensorboard"), ("wandb", "wandb")])
+def test_a_report_to_what_is_not_installed_is_refused(tiny_model, sft_set, tmp_path, monkeypatch, report, package):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=f"report_to is '{report}', which is not installed: pip install {package}"):
+        train_sft(tiny_model, sft_set, tmp_path / "S1", replace(SFT, report_to=report), progress=False)
+
+
+def test_a_report_gets_every_step_and_changes_nothing(tiny_model, sft_set, tmp_path, monkeypatch):
+    seen = []
+
+    class Recorder(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if "loss" in logs:
+                seen.append((state.global_step, logs["loss"], logs["tokens"]))
+
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "wandb", Recorder)
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: find_spec("json" if name == "wandb" else name))
+    reported = train_sft(tiny_model, sft_set, tmp_path / "a", replace(SFT, report_to="wandb"), progress=False)
+    assert [step for step, _, _ in seen] == [1, 2, 3, 4, 5, 6]
+    assert all(tokens > 0 for _, _, tokens in seen)
+    monkeypatch.undo()
+    silent = train_sft(tiny_model, sft_set, tmp_path / "b", SFT, progress=False)
+    assert (reported / "model.safetensors").read_bytes() == (silent / "model.safetensors").read_bytes()
+
+
+def test_a_split_forward_needs_split_masters(tiny_model, sft_set, tmp_path):
+    with pytest.raises(UserError, match="forward is 'split', but the optimizer adamw keeps whole weights: set"):
+        train_sft(tiny_model, sft_set, tmp_path / "S1", replace(SFT, forward="split"), progress=False)
+    assert not (tmp_path / "S1").exists()
+
+
+def test_a_run_starts_anew_with_checkpointing_where_it_stopped_without(tiny_model, sft_set, tmp_path, monkeypatch):
+    """How a run goes on that the memory stopped: the result is the same, so the checkpoints serve."""
+    calm = train_sft(tiny_model, sft_set, tmp_path / "calm", SFT, progress=False)
+    fill_disk_at(monkeypatch, checkpoint, "write_typed_tensors", 3)
+    with pytest.raises(UserError):
+        train_sft(tiny_model, sft_set, tmp_path / "S1", SFT, progress=False)
+    monkeypatch.undo()
+    seen = []
+    latest = checkpoint.latest
+    monkeypatch.setattr(checkpoint, "latest", lambda work: seen.append(latest(work)) or seen[-1])
+    output = train_sft(tiny_model, sft_set, tmp_path / "S1", replace(SFT, checkpointing="on"), progress=False)
+    assert seen[0].name == "checkpoint-2"
+    assert (output / "model.safetensors").read_bytes() == (calm / "model.safetensors").read_bytes()
