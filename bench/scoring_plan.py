@@ -8,7 +8,7 @@ from result_table import Result
 from transformers import AutoModelForCausalLM
 
 from slmfast.kernels.launch import transient_bytes
-from slmfast.scoring.budget import LEAST_TOKENS, budget_for, bytes_per_token
+from slmfast.scoring.budget import LEAST_TOKENS, budget_for, bytes_per_token, key_width
 from slmfast.scoring.packing import KEYS_A_TOKEN
 
 GIB = 1 << 30
@@ -31,7 +31,7 @@ def memory_plan(name: str, config: Any, dtype: torch.dtype) -> Iterator[Result]:
             continue
         tokens = budget_for(free, per_token)
         layer, head = tokens * per_token, transient_bytes(tokens, inner.vocab_size)
-        keys = tokens * KEYS_A_TOKEN * key_bytes(inner, dtype)
+        keys = tokens * KEYS_A_TOKEN * key_width(inner) * dtype.itemsize
         parts = (
             f"weights {weights / GIB:.2f}, a layer {layer / GIB:.2f} (keys and values of all paths {keys / GIB:.2f})"
         )
@@ -45,9 +45,3 @@ def weight_bytes(config: Any, dtype: torch.dtype) -> int:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.tie_weights()
     return sum(weight.numel() * weight.element_size() for weight in model.parameters())
-
-
-def key_bytes(config: Any, dtype: torch.dtype) -> int:
-    """Of one key and its value in one layer."""
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_key_value_heads * width * dtype.itemsize

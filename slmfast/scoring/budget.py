@@ -4,6 +4,7 @@ from numbers import Integral
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from slmfast.errors import UserError
 from slmfast.scoring.packing import KEYS_A_TOKEN
@@ -36,13 +37,32 @@ def token_budget(model: nn.Module) -> int:
     return budget_for(free, bytes_per_token(model.config.get_text_config(), weight.element_size()))
 
 
-def bytes_per_token(config: object, size: int) -> int:
+def bytes_per_token(config: PreTrainedConfig, size: int) -> int:
     """What a layer holds for a token: its input, the three arrays of a gated MLP, and the keys and values of paths."""
-    hidden, heads = config.hidden_size, config.num_attention_heads
-    widest = getattr(config, "intermediate_size", None) or 4 * hidden
-    width = getattr(config, "head_dim", None) or hidden // heads
-    key_heads = getattr(config, "num_key_value_heads", None) or heads
-    return size * (8 * hidden + 3 * widest + KEYS_A_TOKEN * 2 * key_heads * width)
+    hidden = config.hidden_size
+    widest = _largest(config, "intermediate_size") or 4 * hidden
+    return size * (8 * hidden + 3 * widest + KEYS_A_TOKEN * key_width(config))
+
+
+def key_width(config: PreTrainedConfig) -> int:
+    """Numbers in one token's keys and values of the widest layer; 0 where a configuration names no heads.
+
+    Layers that attend otherwise, which have none, are not packed. Multi-head latent attention (DeepSeek-V2, arXiv
+    2405.04434) has keys of two parts and values of a width of their own.
+    """
+    heads = _largest(config, "num_attention_heads")
+    if not heads:
+        return 0
+    if latent := _largest(config, "qk_nope_head_dim"):
+        return heads * (latent + _largest(config, "qk_rope_head_dim") + _largest(config, "v_head_dim"))
+    width = _largest(config, "head_dim") or config.hidden_size // heads
+    return 2 * (_largest(config, "num_key_value_heads") or heads) * width
+
+
+def _largest(config: PreTrainedConfig, name: str) -> int:
+    """A number of a configuration, the largest where each layer has its own; 0 where it is not there."""
+    value = config.to_dict().get(config.attribute_map.get(name, name))
+    return max(value, default=0) if isinstance(value, list | tuple) else value or 0
 
 
 def budget_for(free: int, per_token: int) -> int:

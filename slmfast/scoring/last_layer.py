@@ -16,8 +16,10 @@ def only_at(places: Tensor, decoder: nn.Module) -> Iterator[None]:
     Keys and values are those of the layer's input, so that attention misses nothing. Another kind of MLP, such as a
     mixture of experts, computes all places.
     """
-    mlp = getattr(decoder.layers[-1], "mlp", None) if hasattr(decoder, "layers") else None
-    if mlp is None or not is_gated(mlp):
+    mlps = [getattr(layer, "mlp", None) for layer in getattr(decoder, "layers", ())]
+    mlp = mlps[-1] if mlps else None
+    # One that layers share would give an earlier layer zeros where they are read.
+    if mlp is None or not is_gated(mlp) or sum(other is mlp for other in mlps) > 1:
         yield
         return
     whole, own = mlp.forward, vars(mlp).get("forward")

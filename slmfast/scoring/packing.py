@@ -79,10 +79,9 @@ class Pack:
 
 @dataclass(frozen=True)
 class _Leaf:
-    """A continuation."""
+    """A continuation, or all those of a single token behind one prompt: they have no segment and are read together."""
 
-    group: int
-    member: int
+    owners: tuple[tuple[int, int], ...]  # group and number in the group
     cost: int
 
 
@@ -107,9 +106,17 @@ def _segment_cost(tokens: int, end: int) -> int:
     return max(tokens, -(-end // KEYS_A_TOKEN))
 
 
-def _leaf(group: int, member: int, prompt: int, length: int) -> _Leaf:
-    # One of a single token has no segment, but keeps those above it from becoming one.
-    return _Leaf(group, member, _segment_cost(length - 1, prompt + length - 1) if length > 1 else 1)
+def _leaves(groups: Sequence[Group], numbers: list[int], prompt: int) -> list[_Leaf]:
+    """The continuations of all groups whose prompt, of that many tokens, is the same; ordered by what they are."""
+    members = [(number, m) for number in numbers for m in range(len(groups[number].continuations))]
+    lengths = {owner: len(groups[owner[0]].continuations[owner[1]]) for owner in members}
+    members.sort(key=lambda owner: (lengths[owner], _content(groups, owner)))
+    short = tuple(owner for owner in members if lengths[owner] == 1)
+    # A cost of 1 keeps the segments above from becoming one.
+    leaves = [_Leaf(short, 1)] if short else []
+    for owner in members[len(short) :]:
+        leaves.append(_Leaf((owner,), _segment_cost(lengths[owner] - 1, prompt + lengths[owner] - 1)))
+    return leaves
 
 
 def _fragment(number: int, start: int, end: int, part: list[_Fragment | _Leaf]) -> _Fragment:
@@ -123,20 +130,19 @@ def make_packs(groups: Sequence[Group], budget: int) -> Iterator[Pack]:
     """Packs of at most `budget` tokens and KEYS_A_TOKEN * `budget` keys that hold every continuation once.
 
     The most expensive come first. A sequence of more tokens than the budget is a pack of its own, in two segments at
-    most: nothing is ever cut.
+    most, and so is a prompt of more with all its continuations of one token: nothing is ever cut.
     """
     used = [i for i, group in enumerate(groups) if len(group.continuations)]
     prompts = [np.asarray(groups[i].prefix, dtype=np.int32) for i in used]
     nodes, ends = prefix_tree(prompts)
-    below: list[list[_Fragment | _Leaf]] = [[] for _ in nodes]
+    numbers: list[list[int]] = [[] for _ in nodes]  # of the groups whose prompt ends with a node
     for number, node in zip(used, ends, strict=True):
-        length = nodes[node].end
-        below[node] += [_leaf(number, m, length, len(c)) for m, c in enumerate(groups[number].continuations)]
+        numbers[node].append(number)
+    below: list[list[_Fragment]] = [[] for _ in nodes]
     for number in range(len(nodes) - 1, 0, -1):  # children before their parents
         node, capacity = nodes[number], max(1, budget - nodes[number].end)
-        leaves = sorted((x for x in below[number] if isinstance(x, _Leaf)), key=lambda leaf: _content(groups, leaf))
         # Children were added last to first.
-        items = leaves + [x for x in reversed(below[number]) if isinstance(x, _Fragment)]
+        items = _leaves(groups, numbers[number], node.end) + below[number][::-1]
         for part in _parts(items, capacity):
             # What has no room beside this prompt goes to the root at once: each node above would look at it again.
             alone = len(part) == 1 and part[0].cost > capacity
@@ -147,9 +153,9 @@ def make_packs(groups: Sequence[Group], budget: int) -> Iterator[Pack]:
         yield _laid_out(part, prompts, nodes, groups)
 
 
-def _content(groups: Sequence[Group], leaf: _Leaf) -> tuple:
-    """Orders the continuations of a prompt by what they are; those of equal keys hold the same tokens."""
-    return leaf.cost, np.asarray(groups[leaf.group].continuations[leaf.member], dtype=np.int32).tobytes()
+def _content(groups: Sequence[Group], owner: tuple[int, int]) -> bytes:
+    """The tokens of a continuation."""
+    return np.asarray(groups[owner[0]].continuations[owner[1]], dtype=np.int32).tobytes()
 
 
 def _cost(items: Sequence[_Fragment | _Leaf]) -> int:
@@ -179,9 +185,9 @@ def _laid_out(
             segment = pack.add(prompt[item.start : item.end], item.start, parent)
             waiting += [(below, segment) for below in reversed(item.below)]
         else:
-            continuation = np.asarray(groups[item.group].continuations[item.member], dtype=np.int32)
-            start = len(groups[item.group].prefix)
-            pack.predict(continuation, start, parent, (item.group, item.member))
+            for group, member in item.owners:
+                continuation = np.asarray(groups[group].continuations[member], dtype=np.int32)
+                pack.predict(continuation, len(groups[group].prefix), parent, (group, member))
     return pack
 
 
@@ -190,23 +196,19 @@ def make_rows(groups: Sequence[Group], budget: int) -> Iterator[list[Pack]]:
 
     For models whose layers can't be told what attends to what.
     """
-    leaves = [
-        _Leaf(g, m, len(group.prefix) + len(continuation) - 1)
-        for g, group in enumerate(groups)
-        for m, continuation in enumerate(group.continuations)
-    ]
+    owners = [(g, m) for g, group in enumerate(groups) for m in range(len(group.continuations))]
 
-    def content(leaf: _Leaf) -> tuple:
-        group = groups[leaf.group]
-        ids = (np.asarray(x, dtype=np.int32).tobytes() for x in (group.prefix, group.continuations[leaf.member]))
-        return leaf.cost, *ids
+    def content(owner: tuple[int, int]) -> tuple:
+        group, continuation = groups[owner[0]], groups[owner[0]].continuations[owner[1]]
+        prefix = np.asarray(group.prefix, dtype=np.int32).tobytes()
+        return len(group.prefix) + len(continuation), prefix, _content(groups, owner)
 
     batch: list[Pack] = []
-    for leaf in sorted(leaves, key=content, reverse=True):
-        pack, group = Pack(), groups[leaf.group]
+    for owner in sorted(owners, key=content, reverse=True):
+        pack, group = Pack(), groups[owner[0]]
         root = pack.add(np.asarray(group.prefix, dtype=np.int32), 0, -1)
-        continuation = np.asarray(group.continuations[leaf.member], dtype=np.int32)
-        pack.predict(continuation, len(group.prefix), root, (leaf.group, leaf.member))
+        continuation = np.asarray(group.continuations[owner[1]], dtype=np.int32)
+        pack.predict(continuation, len(group.prefix), root, owner)
         if batch and (len(batch) + 1) * len(batch[0]) > budget:
             yield batch
             batch = []

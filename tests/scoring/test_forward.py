@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from transformers import AutoConfig
 
 import slmfast
 from slmfast import UserError
@@ -99,6 +100,17 @@ def test_a_token_is_as_wide_as_its_layer(build_model):
     """Two key heads of width 16, a key and a value each, for as many keys as a pack has for a token."""
     config = build_model("gqa").config
     assert budgets.bytes_per_token(config, 2) == 2 * (8 * 64 + 3 * 112 + KEYS_A_TOKEN * 2 * 2 * 16)
+
+
+def test_configurations_of_other_kinds_have_a_width_too():
+    keys = {
+        "gpt2": 2 * 12 * 64,  # no key heads are named: as many as heads
+        "deepseek_v3": 128 * (128 + 64 + 128),  # keys of two parts
+        "mamba": 0,  # no heads at all, and no packs
+    }
+    assert {name: budgets.key_width(AutoConfig.for_model(name)) for name in keys} == keys
+    for name in (*keys, "gemma3n_text", "gemma4_text"):  # the last two have a list or a layer's own widths
+        assert budgets.bytes_per_token(AutoConfig.for_model(name), 2) > 0
 
 
 def test_packs_that_end_by_their_keys_give_the_same_scores(model, plain_logprobs):

@@ -62,3 +62,13 @@ def test_another_kind_of_mlp_computes_all_places(build_model):
     with only_at(torch.tensor([1]), model.model):
         got = model.model(torch.arange(9)[None]).last_hidden_state
     torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_an_mlp_that_layers_share_computes_all_places(build_model):
+    model = build_model()
+    model.model.layers[0].mlp = model.model.layers[-1].mlp
+    expected = model.model(torch.arange(9)[None]).last_hidden_state
+    with only_at(torch.tensor([1]), model.model):
+        got = model.model(torch.arange(9)[None]).last_hidden_state
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)

@@ -96,6 +96,13 @@ def test_groups_without_continuations_need_no_pack():
     assert found([pack]) == {(1, 0): ([1], [4])}
 
 
+@pytest.mark.parametrize("length", [60, 63, 64, 65, 200])
+def test_choices_of_one_token_are_read_off_one_prompt(length):
+    """However long the prompt is beside the budget, it is computed once for all of them."""
+    (pack,) = make_packs([Group(list(range(length)), [[token] for token in range(40)])], 64)
+    assert len(pack) == length and len(pack.continuations) == 40
+
+
 def test_a_chain_of_beginnings_is_no_recursion():
     """Each prompt begins the next one, deeper than Python would recurse."""
     whole = list(np.random.default_rng(0).integers(0, 1000, 20_000))
@@ -136,7 +143,8 @@ def test_a_packs_keys_are_bounded(groups, budget, kind):
     packs = list(make_packs(some, budget))
     assert found(packs) == expected(some)
     for pack in packs:
-        alone = len(pack.continuations) == 1
+        # a continuation, or choices of one token behind one prompt, which cost no more than the prompt
+        alone = len(pack.continuations) == 1 or len(pack.segments) == 1
         assert keys_of(pack) <= KEYS_A_TOKEN * budget or (alone and keys_of(pack) <= 2 * len(pack))
         assert len(pack) <= budget or alone
 
