@@ -9,11 +9,13 @@ no gradient.
 import torch
 from torch import Tensor
 
+from .planned import like_cuda
+
 
 def serves(*tensors: Tensor) -> bool:
     """Whether oneDNN multiplies these without a gradient: a CPU's, all fp32, or all bf16 where the CPU knows it."""
     kinds = {(x.device.type, x.dtype) for x in tensors}
-    if not torch.backends.mkldnn.is_available() or torch.is_grad_enabled():
+    if any(map(like_cuda, tensors)) or not torch.backends.mkldnn.is_available() or torch.is_grad_enabled():
         return False
     # Of bf16 oneDNN asks for AVX-512 or the like; torch's own layers work without.
     in_bf16 = kinds == {("cpu", torch.bfloat16)} and torch.ops.mkldnn._is_mkldnn_bf16_supported()

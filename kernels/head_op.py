@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from . import eager_backward, eager_logprob
 from .fastest import bucket, fastest
 from .launch import MIB, TILED_BYTES, backward_workspace
+from .planned import like_cuda
 from .reference import check_shapes
 from .sums import LogSums
 
@@ -98,7 +98,7 @@ class _Head(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, weight_grad: Tensor | None) -> Tensor:
-        keep = 0 if _plans_cuda(hidden) or not ctx.needs_input_grad[0] else KEPT_BYTES
+        keep = 0 if like_cuda(hidden) or not ctx.needs_input_grad[0] else KEPT_BYTES
         with torch.autocast(hidden.device.type, enabled=False):
             logprob, log_sum_exp, kept = logprob_and_normalizer(hidden, weight, targets, keep)
         ctx.save_for_backward(hidden, weight, targets, log_sum_exp, *kept)
@@ -115,12 +115,8 @@ class _Head(torch.autograd.Function):
         return hidden_grad, None, None, None
 
 
-def _plans_cuda(hidden: Tensor) -> bool:
-    return hidden.is_cuda or isinstance(hidden, FakeTensor)
-
-
 def _workspace_bytes(hidden: Tensor, weight: Tensor) -> int:
-    if not _plans_cuda(hidden):
+    if not like_cuda(hidden):
         return 0
     return backward_workspace(*hidden.shape, len(weight), hidden.element_size()).bytes
 

@@ -19,10 +19,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional
 from transformers import AttentionInterface
 
 from slmfast.errors import UserError
+from slmfast.kernels.planned import like_cuda
 from slmfast.scoring.packing import Segment
 
 NAME = "slmfast_packed"
@@ -110,8 +112,17 @@ def packed_attention(
         more = ", ".join(wanted) or "a mask, dropout, or sight of later tokens"
         raise UserError(f"{type(module).__name__} asks its attention for {more}: packs don't give it that")
     layout.windows.append(sliding_window)
-    attend = _variable_length(query.device.type, query.dtype)
+    device, dtype = query.device.type, _product_dtype(query)
+    attend = _variable_length("fake" if isinstance(query, FakeTensor) else device, dtype)
+    if attend is not _segment_by_segment:  # rotated queries and keys are fp32 under autocast, values are not
+        query, key, value = (x.to(dtype) for x in (query, key, value))
     return attend(query, key, value, layout, scaling, sliding_window), None
+
+
+def _product_dtype(query: Tensor) -> torch.dtype:
+    """The dtype of attention's products: autocast's where it is on, as in torch's own attention."""
+    device = query.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
 
 
 AttentionInterface.register(NAME, packed_attention)
@@ -121,9 +132,12 @@ Attend = Callable[[Tensor, Tensor, Tensor, Layout, float | None, int | None], Te
 
 @functools.cache
 def _variable_length(device: str, dtype: torch.dtype) -> Attend:
-    """The fastest that the machine has: FlashAttention knows two dtypes and CUDA alone."""
-    if device == "cuda" and dtype in (torch.bfloat16, torch.float16):
-        if importlib.util.find_spec("flash_attn") is not None:
+    """The fastest that the machine has: FlashAttention knows two dtypes and CUDA alone.
+
+    Fake tensors stand for CUDA's, and take torch's own, which knows them.
+    """
+    if device in ("cuda", "fake") and dtype in (torch.bfloat16, torch.float16):
+        if device == "cuda" and importlib.util.find_spec("flash_attn") is not None:
             return _flash_attention
         if importlib.util.find_spec("torch.nn.attention.varlen") is not None:
             return _torch_varlen
@@ -163,6 +177,9 @@ def _side_by_side(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> 
 
 def _segment_by_segment(query, key, value, layout, scaling, window):
     shared = query.shape[1] != key.shape[1]
+    if shared and like_cuda(query):  # its kernels for fp32 know no shared heads: torch would take one with N^2 scores
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+        shared = False
     output = []
     # Taken apart in one piece each, so that a backward pass writes one array and not one for every segment.
     parts = [x.index_select(2, layout.keys).split(layout.key_lengths, dim=2) for x in (key, value)]

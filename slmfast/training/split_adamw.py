@@ -111,6 +111,11 @@ def _fresh_state(parameter: Tensor, masters: SplitWeights, rate: float) -> dict[
     }
 
 
+def coarse_blocks(weights: Tensor, rate: float) -> int:
+    """How many blocks of flat fp32 weights a step of `rate` could leave as they are."""
+    return int((_slots(weights, rate) >= 0).sum())
+
+
 def _slots(weights: Tensor, rate: float) -> Tensor:
     """Numbers the blocks [B] that a step of `rate` could leave as they are; -1 for the others, [0] if there is none."""
     none = torch.empty(0, dtype=torch.int32, device=weights.device)
