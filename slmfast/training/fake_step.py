@@ -7,7 +7,7 @@ for themselves is not seen: a plan leaves room for it.
 
 import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensorMode,
     UnsupportedOperatorException,
+    unset_fake_temporarily,
 )
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
@@ -29,11 +30,11 @@ from slmfast.training.data import TokenSet
 from slmfast.training.kto import KtoObjective
 from slmfast.training.live_bytes import LiveBytes
 from slmfast.training.optimizer import is_too_coarse, make_optimizer
-from slmfast.training.passes import Passes
+from slmfast.training.passes import Passes, split_weights
 from slmfast.training.settings import TrainSettings
 from slmfast.training.sft import SftObjective
 from slmfast.training.split_adamw import coarse_blocks
-from slmfast.training.split_weights import LEAST, SplitWeights
+from slmfast.training.split_weights import LEAST
 
 WEIGHTS, GRADIENTS, STATES, ACTIVATIONS, TEMPORARIES = KINDS = (
     "weights",
@@ -71,7 +72,7 @@ class FakeRun:
             self.model = fake_model(config).eval()
             for name, parameter in self.model.named_parameters():
                 parameter.requires_grad_(name not in set(frozen))
-            self._masters = split_masters(self.model, settings)
+            self._masters = split_weights(self.model, settings.forward) if settings.splits_weights else None
             self._optimizer = self._make_optimizer()
             self._trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
             for parameter in self._trained:
@@ -114,11 +115,9 @@ class FakeRun:
         self._optimizer.step()
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
-        optimizer = make_optimizer(self.model, self._settings, 1, self._masters)
-        if hasattr(optimizer, "fill_qmap"):  # bitsandbytes makes its tables of codes, 2 KB, from values
-            with _without_fakes():
-                optimizer.fill_qmap()
-        return optimizer
+        # bitsandbytes makes its tables of codes, 2 KB, from values.
+        with unset_fake_temporarily() if self._settings.optimizer == "adamw8bit" else nullcontext():
+            return make_optimizer(self.model, self._settings, 1, self._masters)
 
     def _compensate(self, coarse: Mapping[str, int]) -> None:
         """Gives the states what compensation adds to them, which is decided by values."""
@@ -155,12 +154,9 @@ class FakeRun:
 def fake_model(config: Any) -> nn.Module:
     """A causal language model of fp32 parameters without values; to be called under a FakeTensorMode."""
     with no_init_weights():
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
-
-
-def split_masters(model: nn.Module, settings: TrainSettings) -> SplitWeights | None:
-    """The masters that the optimizer of the settings asks for."""
-    return SplitWeights(model, settings.forward) if settings.optimizer == "adamw8bit-split" else None
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    model.tie_weights()
+    return model
 
 
 @contextmanager
@@ -171,14 +167,6 @@ def values_refused() -> Iterator[None]:
     except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException) as error:
         line = " ".join(str(error).split())[:200]
         raise UserError(f"this model can't be planned, for its code depends on values ({line}): leave budget out") from error
-
-
-@contextmanager
-def _without_fakes() -> Iterator[None]:
-    from torch._subclasses.fake_tensor import unset_fake_temporarily
-
-    with unset_fake_temporarily():
-        yield
 
 
 def full_packs(method: str, pack_tokens: int, longest: int, vocabulary: int) -> TokenSet:
@@ -216,7 +204,7 @@ def coarse_weights(
 
 def split_names(model: nn.Module, settings: TrainSettings) -> set[str]:
     """Names of the parameters of a model, whole or fake, that the optimizer of the settings splits."""
-    if settings.optimizer != "adamw8bit-split":
+    if not settings.splits_weights:
         return set()
     kinds = nn.Linear | nn.Embedding
     weights = {module.weight for module in model.modules() if isinstance(module, kinds)}

@@ -8,6 +8,7 @@ alike, views once. What an operator allocates and frees inside itself is not see
 import weakref
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -15,6 +16,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 NEW = "temporaries"
+
+
+@dataclass
+class _Storage:
+    reference: weakref.ref  # whose callback tells that it has gone
+    kind: str
+    size: int
+    number: int  # in the order of their making
 
 
 class LiveBytes(TorchDispatchMode):
@@ -30,7 +39,8 @@ class LiveBytes(TorchDispatchMode):
         self.peak: dict[str, int] = {}
         """Bytes of each kind when all of them together were most."""
         self._most = 0
-        self._known: dict[int, tuple[weakref.ref, str, int]] = {}  # by the storage's address
+        self._seen = self._seen_at_peak = 0  # how many storages there have been
+        self._known: dict[int, _Storage] = {}  # by the storage's address
 
     @property
     def peak_bytes(self) -> int:
@@ -48,10 +58,13 @@ class LiveBytes(TorchDispatchMode):
             self._count(tensor, kind)
 
     def rename_new(self, kind: str) -> None:
-        """What is new, and lives, is of this kind from now on."""
-        for address, (reference, old, size) in self._known.items():
-            if old == NEW:
-                self._known[address] = reference, kind, size
+        """What is new, and lives, is of this kind from now on, and was at the peak if it lived by then."""
+        for storage in self._known.values():
+            if storage.kind == NEW:
+                storage.kind = kind
+                if storage.number <= self._seen_at_peak:
+                    self.peak[NEW] -= storage.size
+                    self.peak[kind] = self.peak.get(kind, 0) + storage.size
         self.live[kind] += self.live.pop(NEW, 0)
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -64,23 +77,24 @@ class LiveBytes(TorchDispatchMode):
     def _count(self, tensor: Tensor, kind: str | None) -> None:
         storage = tensor.untyped_storage()
         address = storage._cdata
-        if address in self._known:
-            reference, old, size = self._known[address]
-            if kind is not None and kind != old:
-                self._known[address] = reference, kind, size
-                self.live[old] -= size
-                self.live[kind] += size
+        known = self._known.get(address)
+        if known is not None:
+            if kind is not None:
+                self.live[known.kind] -= known.size
+                self.live[kind] += known.size
+                known.kind = kind
             return
-        kind, size = kind or NEW, storage.nbytes()
-        self._known[address] = weakref.ref(storage, lambda _: self._forget(address)), kind, size
-        self.live[kind] += size
+        self._seen += 1
+        reference = weakref.ref(storage, lambda _: self._forget(address))
+        self._known[address] = known = _Storage(reference, kind or NEW, storage.nbytes(), self._seen)
+        self.live[known.kind] += known.size
         self._look()
 
     def _forget(self, address: int) -> None:
-        _, kind, size = self._known.pop(address)
-        self.live[kind] -= size
+        gone = self._known.pop(address)
+        self.live[gone.kind] -= gone.size
 
     def _look(self) -> None:
         total = self.live.total()
         if total > self._most:
-            self._most, self.peak = total, dict(self.live)
+            self._most, self.peak, self._seen_at_peak = total, dict(self.live), self._seen

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from slmfast.kernels.head_op import accumulating_logprob
+from slmfast.kernels.planned import like_cuda
 from slmfast.scoring.batches import Batch
 from slmfast.training.split_weights import fp32_grad, masters_of
 
@@ -52,5 +53,5 @@ def head_operands(hidden: Tensor, weight: Tensor, forward: str) -> tuple[Tensor,
     fp32, whatever the forward's precision, but for a bf16 forward on CUDA, where fp32 products would take longer than
     all the rest. Sums and the softmax are fp32 everywhere: a rounded bf16 logit errs by up to 4e-3 of itself.
     """
-    dtype = torch.bfloat16 if forward == "bf16" and hidden.is_cuda else torch.float32
+    dtype = torch.bfloat16 if forward == "bf16" and like_cuda(hidden) else torch.float32
     return hidden.to(dtype), weight.detach().to(dtype)

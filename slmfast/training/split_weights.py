@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from slmfast.errors import UserError
+from slmfast.kernels.planned import like_cuda
 
 FORWARDS = ("bf16", "split", "fp32")
 LEAST = 4096  # weights: smaller tensors are not split and have fp32 states, as bitsandbytes' do
@@ -224,6 +225,6 @@ def _times_both(x: Tensor, high: Tensor, low: Tensor, transposed: bool) -> Tenso
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b of bf16 matrices in fp32: on tensor cores where there are any."""
-    if a.is_cuda:
+    if like_cuda(a):
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()
