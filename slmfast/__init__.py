@@ -19,6 +19,7 @@ _HOME = {
     "fuse": "slmfast.fusion",
     "update_survival": "slmfast.fusion",
     "kto_loss": "slmfast.training.kto_loss",
+    "plan_memory": "slmfast.training.memory",
     "UserError": "slmfast.errors",
 }
 

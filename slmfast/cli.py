@@ -1,4 +1,4 @@
-"""The command line: one sub-command a stage, and run / status / doctor / bench.
+"""The command line: one sub-command a stage, and run / status / plan / doctor / bench.
 
 A user error is one line on the standard error stream and exit code 2. Commands import what they need when they run,
 so that `slmfast --help` is instant.
@@ -142,7 +142,9 @@ def _add_model_stages(commands: argparse._SubParsersAction) -> None:
     train.add_argument("--reference", help="KTO's reference model (default: the starting model)")
     train.add_argument("-o", "--output", type=Path, required=True, help="the model folder to write")
     train.add_argument("--seed", type=int, default=0)
+    train.add_argument("--budget", metavar="SIZE", help="the memory that it may take of the device, such as 24GiB")
     train.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a training setting")
+    _add_plan(commands)
     fuse = commands.add_parser("fuse", help="a weighted average of models")
     fuse.add_argument("models", nargs="+", metavar="MODEL=WEIGHT")
     fuse.add_argument("-o", "--output", type=Path, required=True, help="the model folder to write")
@@ -155,6 +157,24 @@ def _add_model_stages(commands: argparse._SubParsersAction) -> None:
     evaluate.add_argument("--limit", type=int, help="items a task")
     evaluate.add_argument("--no-chat-template", action="store_true", help="put the bare text to the model")
     evaluate.add_argument("-o", "--output", type=Path, required=True, help="the JSON file to write")
+
+
+def _add_plan(commands: argparse._SubParsersAction) -> None:
+    plan = commands.add_parser(
+        "plan",
+        help="what training a model takes of a CUDA device's memory, beside TRL",
+        description="Runs one full-size training step on tensors without values, on any machine, and prints what it "
+        "would hold of a CUDA device's memory, the packs that fit a budget, and TRL's plan for the same.",
+    )
+    plan.add_argument("model", type=Path, help="a model's folder; its config.json is enough")
+    plan.add_argument("--budget", default="24GiB", metavar="SIZE", help="the device's memory (default 24GiB)")
+    plan.add_argument("--method", choices=["sft", "kto"], default="kto")
+    plan.add_argument("--optimizer", help="adamw, adamw8bit or adamw8bit-split (default: the settings')")
+    plan.add_argument("--forward", help="fp32, bf16 or split")
+    plan.add_argument("--max-length", type=int, help="tokens of the longest prompt and reply (default 2048)")
+    plan.add_argument("--pack-tokens", type=int, help="the most tokens of a pack (default: the most that fit)")
+    plan.add_argument("--checkpointing", choices=["auto", "on", "off"], help="of decoder layers (default auto)")
+    plan.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="another training setting")
 
 
 if __name__ == "__main__":

@@ -155,6 +155,8 @@ def train(arguments: Namespace) -> None:
     from slmfast.training.sft import train_sft
 
     values = dict(_setting(text) for text in arguments.set)
+    if arguments.budget is not None:
+        values["budget"] = arguments.budget
     settings = build(TrainSettings, values | {"method": arguments.method}, "")
     common: dict[str, Any] = {"seed": arguments.seed}
     if arguments.method == "kto":
@@ -162,6 +164,20 @@ def train(arguments: Namespace) -> None:
     else:
         train_sft(arguments.model, arguments.data, arguments.output, settings, **common)
     print(f"trained model: {arguments.output}")
+
+
+def plan(arguments: Namespace) -> None:
+    """Says what training a model takes of a device's memory, beside TRL."""
+    from slmfast.training.memory import RATES
+    from slmfast.training.plan_report import report
+    from slmfast.training.settings import TrainSettings
+
+    values: dict[str, Any] = {"learning_rate": RATES[arguments.method]} | dict(map(_setting, arguments.set))
+    flags = ("optimizer", "forward", "max_length", "pack_tokens", "checkpointing")
+    values |= {name: getattr(arguments, name) for name in flags if getattr(arguments, name) is not None}
+    settings = build(TrainSettings, values | {"method": arguments.method}, "")
+    for line in report(arguments.model, settings, arguments.budget):
+        print(line, flush=True)
 
 
 def _setting(text: str) -> tuple[str, Any]:

@@ -182,6 +182,14 @@ def rotated(group: Sequence[int]) -> list[int]:
     return [group[-1], *group[:-1]]
 
 
+def longest_sequence(tokens: TokenSet, groups: Sequence[Sequence[int]], takes_pairs: bool) -> int:
+    """The most tokens that a sequence of these groups has, with `takes_pairs` the mismatched ones included."""
+    rows = [row for group in groups for row in group]
+    others = [row for group in groups for row in rotated(group)] if takes_pairs else []
+    pairs = [*zip(rows, rows, strict=True), *zip(rows, others, strict=bool(others))]
+    return max(tokens.length(row, other) for row, other in pairs)
+
+
 class StepOrder:
     """Which groups a step trains on: a pure function of the seed and the step's number.
 

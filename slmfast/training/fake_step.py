@@ -49,6 +49,10 @@ new at the peak: a checkpointed layer run again, the head's working memory, what
 DEVICE = torch.device("cpu")  # where fake tensors lie; they stand for CUDA's
 
 
+class Unplannable(UserError):
+    """A model whose code can't run without values."""
+
+
 class FakeRun:
     """A training run of `settings` on a model of `config`, whose steps are counted and not computed.
 
@@ -60,12 +64,10 @@ class FakeRun:
         frozen: names of the parameters that are not trained.
 
     Raises:
-        UserError: the model's code asks for values, so that it can't be planned.
+        Unplannable: the model's code asks for values.
     """
 
-    def __init__(
-        self, config: Any, settings: TrainSettings, coarse: Mapping[str, int], frozen: Iterable[str] = ()
-    ):
+    def __init__(self, config: Any, settings: TrainSettings, coarse: Mapping[str, int], frozen: Iterable[str] = ()):
         self._settings, self._mode = settings, FakeTensorMode(allow_non_fake_inputs=True)
         self._live = LiveBytes()
         with self._inside():
@@ -166,7 +168,9 @@ def values_refused() -> Iterator[None]:
         yield
     except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException) as error:
         line = " ".join(str(error).split())[:200]
-        raise UserError(f"this model can't be planned, for its code depends on values ({line}): leave budget out") from error
+        raise Unplannable(
+            f"this model's memory can't be planned, for its code depends on values ({line}): leave budget out"
+        ) from error
 
 
 def full_packs(method: str, pack_tokens: int, longest: int, vocabulary: int) -> TokenSet:

@@ -11,7 +11,7 @@ from slmfast.model_folder import check_model_folder, write_tensors
 from slmfast.progress import Progress
 from slmfast.store import atomic_path, digest, model_digest
 from slmfast.training.checkpoint import load_tensors
-from slmfast.training.data import TokenSet, rotated
+from slmfast.training.data import TokenSet, longest_sequence, rotated
 from slmfast.training.kto_loss import reference_points, sample_losses
 from slmfast.training.passes import Pair, Passes, numbers, split_weights
 from slmfast.training.run import Run, Setup, load_model, train
@@ -87,12 +87,7 @@ class KtoObjective:
 
     def longest(self, groups: Sequence[int]) -> int:
         """The most tokens that a sequence of these groups has, mismatched pairs included."""
-        rows = self._rows(groups)
-        matched = max(self._tokens.length(row, row) for row in rows)
-        if not self._settings.takes_pairs:
-            return matched
-        pairs = zip(rows, self._partners(groups), strict=True)
-        return max(matched, *(self._tokens.length(row, other) for row, other in pairs))
+        return longest_sequence(self._tokens, [self._groups[group] for group in groups], self._settings.takes_pairs)
 
     def metrics(self) -> dict[str, float]:
         """What to log of the step just done: samples, packs, mean z0, mean reward of each class and their margin."""

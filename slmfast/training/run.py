@@ -22,7 +22,8 @@ from slmfast.model_folder import SINGLE, ModelWeights, check_model_folder, check
 from slmfast.scoring.head import head_weight
 from slmfast.store import atomic_path, digest, model_digest, read_json, remove, remove_temporaries, write_json
 from slmfast.training import checkpoint
-from slmfast.training.data import StepOrder, TokenSet, dataset_digest, load_tokens, make_groups
+from slmfast.training.budgeted import enforced, fitted
+from slmfast.training.data import StepOrder, TokenSet, dataset_digest, load_tokens, longest_sequence, make_groups
 from slmfast.training.forward_sees import report_update
 from slmfast.training.optimizer import make_optimizer, rate_factor
 from slmfast.training.pack_budget import PackBudget, usual_budget
@@ -83,7 +84,7 @@ def train(run: Run, method: str, make_objective: MakeObjective, inputs: dict[str
     _check_report(settings)
     check_model_folder(run.model)
     check_output(run.output, CARD, [run.model, run.dataset])
-    with _threads(run.threads), _quiet_transformers(), _full_disk_named(run):
+    with _threads(run.threads), _quiet_transformers(), _full_disk_named(run), enforced(settings.budget):
         run.fingerprint = _fingerprint(run, inputs or {})
         if _is_done(run):
             if _work_owner(run) == run.fingerprint:  # killed when all was done but this
@@ -117,8 +118,11 @@ def _set_up(run: Run, settings: TrainSettings, model: nn.Module) -> tuple[Setup,
     order = StepOrder(len(groups), settings.accumulation, settings.epochs, run.seed)
     arguments = _arguments(run, order)
     model.to(arguments.device)
+    longest = longest_sequence(tokens, groups, settings.takes_pairs)
+    warmup, mark = settings.warmup_steps(len(order)), run.work_folder / MARK
+    settings = fitted(settings, mark, model, arguments.device, longest, warmup)
     passes = Passes(settings.forward, _checkpoints(settings, arguments.device), arguments.device)
-    budget = PackBudget(run.work_folder / MARK, lambda: _pack_tokens(model, settings, passes))
+    budget = PackBudget(mark, lambda: _pack_tokens(model, settings, passes))
     return Setup(tokens, groups, order, passes, budget), arguments
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from slmfast.errors import UserError
+from slmfast.sizes import parse_bytes
 
 METHODS = ("sft", "kto")
 SCHEDULES = ("cosine", "linear", "constant")
@@ -83,7 +84,12 @@ class TrainSettings:
 
     checkpointing: bool | str = "auto"
     """Whether decoder layers run again in the backward pass, which takes a third more time and much less memory: "on",
-    "off", or "auto", which is on on CUDA alone. The result is the same to the bit."""
+    "off", or "auto": on CUDA, or with a budget, off where the plan of the memory says that it fits, and else on; off on a
+    CPU. The result is the same to the bit."""
+
+    budget: str | None = None
+    """The memory of the device that the run may take, such as "24GiB". Packs and checkpointing are planned for it where
+    they are left open, and a run that can't fit is refused before it starts."""
 
     report_to: str = "none"
     """Where transformers' Trainer also reports to: "tensorboard" (below `runs/` in the work folder, or where the
@@ -109,6 +115,8 @@ class TrainSettings:
         if self.pack_tokens is not None:
             whole = _is_integer(self.pack_tokens) and self.pack_tokens >= 1
             _check("pack_tokens", self.pack_tokens, whole, "set it to a whole number of at least 1, or leave it out")
+        if self.budget is not None:
+            parse_bytes(self.budget)
         for key in ("learning_rate", "beta"):
             _check(key, getattr(self, key), _is_number(getattr(self, key), above=0.0), "set it to a number above 0")
         for key in ("desirable_weight", "undesirable_weight", "clip"):
