@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from slmfast import miniature
 from slmfast.fusion import update_survival
@@ -96,7 +96,7 @@ def test_packs_of_any_size_give_the_same_step(tokens, wide_model, method, forwar
     """To the rounding of the forward: in bf16 a pack's gradient of a matrix is rounded before it is added in fp32."""
     model, steps = split_model(wide_model, forward), [[0, 1, 2, 3, 4]]
     found = []
-    for budget in (WHOLE, 100, 1):
+    for budget in (WHOLE, 100, 64):
         objective = sft_objective(tokens, forward)
         if method == "kto":
             objective = KtoObjective(tokens, make_groups(len(tokens), 4), KTO, Passes(forward, False, CPU))
@@ -104,7 +104,7 @@ def test_packs_of_any_size_give_the_same_step(tokens, wide_model, method, forwar
         model.zero_grad()
         loss = float(objective.accumulate(model, steps[0], budget, torch.Tensor.backward))
         found.append((loss, gradients(model), objective.metrics()["packs"]))
-    assert found[0][2] == 1 and found[1][2] > 3 and found[2][2] > 10
+    assert found[0][2] == 1 < found[1][2] < found[2][2]
     tolerance = {"fp32": 1e-6, "split": 5e-3, "bf16": 1e-2}[forward]
     for loss, gradient, _ in found[1:]:
         assert loss == pytest.approx(found[0][0], rel=tolerance)
@@ -199,14 +199,9 @@ def test_a_first_step_of_1e_8_is_in_the_saved_model(wide_model, sft_set, tmp_pat
     made, original = [], run.make_optimizer
     monkeypatch.setattr(run, "make_optimizer", lambda *told: made.append((told[0], original(*told))) or made[-1][1])
     base = shutil.copytree(wide_model, tmp_path / "base")
-    tensors = weights_of(base)
+    tensors = {name: tensor.clone() for name, tensor in weights_of(base).items()}
     tensors["model.layers.0.mlp.up_proj.weight"][5] = 0.3125  # too coarse for this step
-    run.write_tensors(
-        base / "model.safetensors",
-        {name: tuple(tensor.shape) for name, tensor in sorted(tensors.items())},
-        torch.float32,
-        (tensors[name] for name in sorted(tensors)),
-    )
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
     settings = replace(SFT, learning_rate=1e-8, epochs=1, accumulation=6, warmup_ratio=0.0, clip=0.0)
     output = train_sft(base, sft_set, tmp_path / "S1", settings, progress=False)
     assert len(log_of(output)) == 1
