@@ -84,10 +84,10 @@ def test_twenty_steps_are_those_of_whole_weights(wide_model, sft_set, kto_set, t
     assert ours[0]["grad_norm"] == pytest.approx(theirs[0]["grad_norm"], rel=1e-5)
     assert theirs[-1]["loss"] < 0.9 * theirs[0]["loss"]
     for mine, other in zip(ours, theirs, strict=True):
-        assert mine["loss"] == pytest.approx(other["loss"], rel=0.02)
+        assert mine["loss"] == pytest.approx(other["loss"], rel=2e-3)
     base = weights_of(wide_model)
     moves = [torch.cat([(w - base[name]).flatten() for name, w in weights_of(o).items()]).double() for o in outputs]
-    assert float(moves[0] @ moves[1] / moves[0].norm() / moves[1].norm()) > 0.95
+    assert float(moves[0] @ moves[1] / moves[0].norm() / moves[1].norm()) > 0.99
 
 
 @pytest.mark.parametrize("forward", FORWARDS)
