@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from slmfast import miniature
 from slmfast.fusion import update_survival
@@ -163,6 +164,35 @@ def test_the_head_is_what_the_forward_sees(wide_model, forward):
         assert torch.equal(multiplied, weight.detach().float())
     else:
         assert torch.equal(multiplied, merge(weight, low)) and not torch.equal(multiplied, weight.detach().float())
+
+
+class Matrices(TorchDispatchMode):
+    """Notes the memory of every new fp32 matrix of a shape."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape, self.found = shape, {}
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        result = function(*arguments, **(named or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, torch.Tensor) and tensor.shape == self.shape and tensor.dtype == torch.float32:
+                self.found[tensor.untyped_storage().data_ptr()] = tensor  # kept, so that none takes another's place
+        return result
+
+
+@pytest.mark.parametrize("forward", FORWARDS)
+def test_a_pack_makes_one_matrix_of_the_vocabularys_size(tokens, wide_model, forward):
+    """What the head multiplies by; its gradient and the embedding's go into the one buffer of the step."""
+    model, objective = split_model(wide_model, forward), sft_objective(tokens, forward)
+    objective.accumulate(model, [0], WHOLE, torch.Tensor.backward)
+    gradient = model.get_input_embeddings().weight.grad
+    before = gradient.clone()
+    with Matrices(gradient.shape) as made:
+        objective.accumulate(model, [1], WHOLE, torch.Tensor.backward)
+    assert objective.metrics()["packs"] == 1 and not torch.equal(gradient, before)
+    assert model.get_input_embeddings().weight.grad is gradient
+    assert len(made.found.keys() - {gradient.untyped_storage().data_ptr()}) == 1
 
 
 # Runs at the rates that this is for.
