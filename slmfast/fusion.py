@@ -27,6 +27,7 @@ from slmfast.model_folder import (
 from slmfast.store import atomic_path, model_digest, write_json
 
 CARD = "fusion.json"
+PIECE = 1 << 22  # weights of an update measured at once: in float64 an embedding would take gigabytes
 DTYPES = {
     "float32": torch.float32,
     "fp32": torch.float32,
@@ -76,6 +77,10 @@ class SurvivalCounter:
 
     def add(self, base: Tensor, tuned: Tensor) -> None:
         """Counts one tensor of both models, of equal shape."""
+        for old, new in zip(base.reshape(-1).split(PIECE), tuned.reshape(-1).split(PIECE), strict=True):
+            self._add(old, new)
+
+    def _add(self, base: Tensor, tuned: Tensor) -> None:
         moved = tuned.double() != base.double()
         rounded = self._rounded(tuned).double() - self._rounded(base).double()
         update = tuned.double() - base.double()
