@@ -14,5 +14,8 @@ split_adamw     AdamW with 8-bit states on such masters
 forward_sees    what share of a run's update its forward pass has seen
 trainer         transformers.Trainer whose batch is a whole step
 run             one run from its arguments to a complete model folder
+memory          what a run takes of a CUDA device, planned on fake tensors: fake_step, live_bytes
+budgeted        a run held to a budget: refused before it starts, enforced on the device
+peer_memory     what TRL takes for the same, and plan_report, which prints both
 checkpoint      exact, checked checkpoints in safetensors and JSON
 """
