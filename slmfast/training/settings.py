@@ -84,7 +84,8 @@ class TrainSettings:
 
     checkpointing: bool | str = "auto"
     """Whether decoder layers run again in the backward pass, which takes a third more time and much less memory: "on",
-    "off", or "auto": off where a plan of the memory says that this fits, and else on; on a CPU without a budget off. The result is the same to the bit."""
+    "off", or "auto": off where a plan of the memory says that this fits, and else on; on a CPU without a budget off.
+    The result is the same to the bit."""
 
     budget: str | None = None
     """The memory of the device that the run may take, such as "24GiB". Packs and checkpointing are planned for it where
