@@ -59,7 +59,8 @@ def fitted(
         return settings
     if not plan.fits:
         raise UserError(refusal(plan))
-    write_json(mark, kept | {LAYERS: plan.settings.checkpointing})
+    packs = {PACKS: [(0, plan.settings.pack_tokens)]}  # at once: a run killed between the two would take others
+    write_json(mark, kept | packs | {LAYERS: plan.settings.checkpointing})
     return plan.settings
 
 

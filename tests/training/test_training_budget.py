@@ -14,6 +14,7 @@ from slmfast.training import budgeted, memory
 from slmfast.training.budgeted import CONTEXT, enforced, fitted
 from slmfast.training.kto import train_kto
 from slmfast.training.memory import RESERVE, MemoryPlan, plan_memory
+from slmfast.training.pack_budget import PackBudget
 from slmfast.training.run import MARK, load_model
 from slmfast.training.settings import TrainSettings
 
@@ -115,9 +116,10 @@ def test_a_resumed_run_plans_no_second_time(tiny_model, tmp_path, monkeypatch):
     write_json(mark, {"fingerprint": "x"})
     settings, cpu = TrainSettings(**vars(KTO) | {"budget": "2GiB"}), torch.device("cpu")
     first = fitted(settings, mark, model, cpu, 100, 1)
-    assert read_json(mark) == {"fingerprint": "x", "checkpointing": first.checkpointing} and first.pack_tokens
+    packs = [[0, first.pack_tokens]]
+    assert read_json(mark) == {"fingerprint": "x", "pack_tokens": packs, "checkpointing": first.checkpointing}
+    assert PackBudget(mark, lambda: 1 / 0).at(5) == first.pack_tokens
     monkeypatch.delattr(memory, "plan_memory")
-    write_json(mark, read_json(mark) | {"pack_tokens": [[0, first.pack_tokens]]})
     assert fitted(settings, mark, model, cpu, 100, 1).checkpointing == first.checkpointing
     assert fitted(KTO, tmp_path / "none", model, cpu, 100, 1) is KTO  # no budget on a CPU: nothing is planned
 
