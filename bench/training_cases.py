@@ -1,0 +1,96 @@
+"""The cases that train: KTO and SFT beside TRL's trainers, and the memory that a step of KTO takes at its peak."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from result_table import Result
+from training_context import Context
+from training_gate import furthest
+from training_race import Played
+from training_sides import KTO_PEERS, OURS, SFT_PEERS, SIDES
+
+MEGABYTE = 1e6
+OPTIMIZER = "adamw"  # fp32 states: ours, and torch's fused one, which is TRL's default
+
+
+def kto_case(context: Context) -> Iterator[Result]:
+    """A step of KTO, and apart from it what both sides pay once for the reference's log-probabilities."""
+    played = context.train("kto", [OURS, *KTO_PEERS], OPTIMIZER, "kto")
+    yield from steps_beside(context, "kto", played)
+    rows = context.sizes.samples * (context.sizes.steps + 1)
+    ours, theirs = played.get(OURS), played.get("precomputed")
+    if ours and theirs:
+        common = _common(context, "kto", "precomputed", OPTIMIZER, ours, theirs)
+        case = f"kto, {shape(context)}, reference log-probabilities of {rows} rows, computed once (1 run each)"
+        yield _faster(common, case, ours.precompute_seconds, theirs.precompute_seconds)
+
+
+def sft_case(context: Context) -> Iterator[Result]:
+    """A step of SFT, beside TRL's padded batches and its batches without padding."""
+    yield from steps_beside(context, "sft", context.train("sft", [OURS, *SFT_PEERS], OPTIMIZER, "sft"))
+
+
+def memory_case(context: Context) -> Iterator[Result]:
+    """The peak of the KTO trainings: beyond the loaded model, and the whole process or all that CUDA allocated."""
+    played = context.train("kto", [OURS, *KTO_PEERS], OPTIMIZER, "memory")
+    yield from peaks_beside(context, OPTIMIZER, played)
+    played = context.train("kto", [OURS, "precomputed"], "adamw8bit", "memory")
+    yield from peaks_beside(context, "adamw8bit", played)
+
+
+def steps_beside(context: Context, method: str, played: Mapping[str, Played]) -> Iterator[Result]:
+    """Ours and each peer: the median time of a step, once all losses are the same."""
+    for peer in (side for side in played if side != OURS and OURS in played):
+        ours, theirs = played[OURS], played[peer]
+        common = _common(context, method, peer, OPTIMIZER, ours, theirs)
+        rows = context.rows[method].described()
+        spread = f"p20 to p80 {_spread(ours.seconds)} and {_spread(theirs.seconds)} s"
+        apart = f"losses within {furthest(ours.curve, theirs.curve):.1e}"
+        case = f"{method} step, {shape(context)}, {context.sizes.samples} samples, {rows} (p50 of {len(ours.seconds)} "
+        yield _faster(common, f"{case}steps; {spread}; {apart})", _median(ours.seconds), _median(theirs.seconds))
+
+
+def peaks_beside(context: Context, optimizer: str, played: Mapping[str, Played]) -> Iterator[Result]:
+    """Ours and each peer: bytes at the peak; the ratio is ours over theirs."""
+    what = f"kto peak memory, {optimizer}, {shape(context)}, {context.sizes.samples} samples"
+    counted = "allocated on the device" if context.device.type == "cuda" else "resident"
+    for peer in (side for side in played if side != OURS and OURS in played):
+        ours, theirs = played[OURS], played[peer]
+        common = _common(context, "kto", peer, optimizer, ours, theirs)
+        yield _smaller(common, f"{what}, in all, {counted}", ours.peak, theirs.peak)
+        beyond = ours.peak - ours.baseline, theirs.peak - theirs.baseline
+        yield _smaller(common, f"{what}, beyond the loaded model, {counted}", *beyond)
+
+
+def shape(context: Context) -> str:
+    """The model in words."""
+    inner = context.config.get_text_config()
+    dtype = str(context.dtype).removeprefix("torch.")
+    return f"{context.sizes.layers} layers, H={inner.hidden_size:,}, V={inner.vocab_size:,}, {dtype}"
+
+
+def _common(context: Context, method: str, peer: str, optimizer: str, ours: Played, theirs: Played) -> dict[str, Any]:
+    side = SIDES[peer]
+    same = context.same(method, peer, optimizer, ours, theirs)
+    return {"group": method, "peer": side.title, "version": side.version, "same_answer": same}
+
+
+def _faster(common: Mapping[str, Any], case: str, ours: float, theirs: float) -> Result:
+    ratio = theirs / ours if common["same_answer"] else None
+    return Result(**common, case=case, ours=ours, theirs=theirs, unit="s", ratio=ratio)
+
+
+def _smaller(common: Mapping[str, Any], case: str, ours: int, theirs: int) -> Result:
+    ratio = ours / theirs if common["same_answer"] and theirs > 0 else None
+    case = f"{case} (ratio = ours / theirs)"
+    mine, others = ours / MEGABYTE, theirs / MEGABYTE
+    return Result(**common, case=case, ours=mine, theirs=others, unit="MB", ratio=ratio, ratio_says="their memory")
+
+
+def _median(seconds: Sequence[float]) -> float:
+    return float(np.median(seconds))
+
+
+def _spread(seconds: Sequence[float]) -> str:
+    return "-".join(f"{value:.3g}" for value in np.quantile(seconds, [0.2, 0.8]))
