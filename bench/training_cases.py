@@ -5,10 +5,9 @@ from typing import Any
 
 import numpy as np
 from result_table import Result
-from training_context import Context
+from training_context import Context, Meeting
 from training_gate import furthest
-from training_race import Played
-from training_sides import KTO_PEERS, OURS, SFT_PEERS, SIDES
+from training_sides import KTO_PEERS, SFT_PEERS, SIDES
 
 MEGABYTE = 1e6
 OPTIMIZER = "adamw"  # fp32 states: ours, and torch's fused one, which is TRL's default
@@ -16,50 +15,46 @@ OPTIMIZER = "adamw"  # fp32 states: ours, and torch's fused one, which is TRL's 
 
 def kto_case(context: Context) -> Iterator[Result]:
     """A step of KTO, and apart from it what both sides pay once for the reference's log-probabilities."""
-    played = context.train("kto", [OURS, *KTO_PEERS], OPTIMIZER, "kto")
-    yield from steps_beside(context, "kto", played)
+    meetings = context.train("kto", list(KTO_PEERS), OPTIMIZER, "kto")
+    yield from steps_beside(context, "kto", meetings)
     rows = context.sizes.samples * (context.sizes.steps + 1)
-    ours, theirs = played.get(OURS), played.get("precomputed")
-    if ours and theirs:
-        common = _common(context, "kto", "precomputed", OPTIMIZER, ours, theirs)
-        case = f"kto, {shape(context)}, reference log-probabilities of {rows} rows, computed once (1 run each)"
-        yield _faster(common, case, ours.precompute_seconds, theirs.precompute_seconds)
+    case = f"kto, {shape(context)}, reference log-probabilities of {rows} rows, computed once (1 run each)"
+    for met in meetings:
+        if met.theirs.precompute_seconds is not None:
+            common = _common(context, "kto", OPTIMIZER, met)
+            yield _faster(common, case, met.ours.precompute_seconds, met.theirs.precompute_seconds)
 
 
 def sft_case(context: Context) -> Iterator[Result]:
     """A step of SFT, beside TRL's padded batches and its batches without padding."""
-    yield from steps_beside(context, "sft", context.train("sft", [OURS, *SFT_PEERS], OPTIMIZER, "sft"))
+    yield from steps_beside(context, "sft", context.train("sft", list(SFT_PEERS), OPTIMIZER, "sft"))
 
 
 def memory_case(context: Context) -> Iterator[Result]:
     """The peak of the KTO trainings: beyond the loaded model, and the whole process or all that CUDA allocated."""
-    played = context.train("kto", [OURS, *KTO_PEERS], OPTIMIZER, "memory")
-    yield from peaks_beside(context, OPTIMIZER, played)
-    played = context.train("kto", [OURS, "precomputed"], "adamw8bit", "memory")
-    yield from peaks_beside(context, "adamw8bit", played)
+    for optimizer, peers in ((OPTIMIZER, list(KTO_PEERS)), ("adamw8bit", ["precomputed"])):
+        yield from peaks_beside(context, optimizer, context.train("kto", peers, optimizer, "memory"))
 
 
-def steps_beside(context: Context, method: str, played: Mapping[str, Played]) -> Iterator[Result]:
-    """Ours and each peer: the median time of a step, once all losses are the same."""
-    for peer in (side for side in played if side != OURS and OURS in played):
-        ours, theirs = played[OURS], played[peer]
-        common = _common(context, method, peer, OPTIMIZER, ours, theirs)
-        rows = context.rows[method].described()
+def steps_beside(context: Context, method: str, meetings: Sequence[Meeting]) -> Iterator[Result]:
+    """The median time of a step on both sides, once all losses are the same."""
+    what = f"{method} step, {shape(context)}, {context.sizes.samples} samples, {context.rows[method].described()}"
+    for met in meetings:
+        ours, theirs = met.ours, met.theirs
         spread = f"p20 to p80 {_spread(ours.seconds)} and {_spread(theirs.seconds)} s"
         apart = f"losses within {furthest(ours.curve, theirs.curve):.1e}"
-        case = f"{method} step, {shape(context)}, {context.sizes.samples} samples, {rows} (p50 of {len(ours.seconds)} "
-        yield _faster(common, f"{case}steps; {spread}; {apart})", _median(ours.seconds), _median(theirs.seconds))
+        case = f"{what} (p50 of {len(ours.seconds)} steps; {spread}; {apart})"
+        yield _faster(_common(context, method, OPTIMIZER, met), case, _median(ours.seconds), _median(theirs.seconds))
 
 
-def peaks_beside(context: Context, optimizer: str, played: Mapping[str, Played]) -> Iterator[Result]:
-    """Ours and each peer: bytes at the peak; the ratio is ours over theirs."""
+def peaks_beside(context: Context, optimizer: str, meetings: Sequence[Meeting]) -> Iterator[Result]:
+    """Bytes at the peak; the ratio is ours over theirs."""
     what = f"kto peak memory, {optimizer}, {shape(context)}, {context.sizes.samples} samples"
     counted = "allocated on the device" if context.device.type == "cuda" else "resident"
-    for peer in (side for side in played if side != OURS and OURS in played):
-        ours, theirs = played[OURS], played[peer]
-        common = _common(context, "kto", peer, optimizer, ours, theirs)
-        yield _smaller(common, f"{what}, in all, {counted}", ours.peak, theirs.peak)
-        beyond = ours.peak - ours.baseline, theirs.peak - theirs.baseline
+    for met in meetings:
+        common = _common(context, "kto", optimizer, met)
+        yield _smaller(common, f"{what}, in all, {counted}", met.ours.peak, met.theirs.peak)
+        beyond = met.ours.peak - met.ours.baseline, met.theirs.peak - met.theirs.baseline
         yield _smaller(common, f"{what}, beyond the loaded model, {counted}", *beyond)
 
 
@@ -70,9 +65,9 @@ def shape(context: Context) -> str:
     return f"{context.sizes.layers} layers, H={inner.hidden_size:,}, V={inner.vocab_size:,}, {dtype}"
 
 
-def _common(context: Context, method: str, peer: str, optimizer: str, ours: Played, theirs: Played) -> dict[str, Any]:
-    side = SIDES[peer]
-    same = context.same(method, peer, optimizer, ours, theirs)
+def _common(context: Context, method: str, optimizer: str, met: Meeting) -> dict[str, Any]:
+    side = SIDES[met.peer]
+    same = context.same(method, optimizer, met)
     return {"group": method, "peer": side.title, "version": side.version, "same_answer": same}
 
 

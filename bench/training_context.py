@@ -12,7 +12,7 @@ from case_runner import Notes
 from context import available_memory
 from scoring_plan import weight_bytes
 from scoring_texts import Drawer
-from training_gate import BF16, FP32, Tolerance, same_answer
+from training_gate import BF16, FP32, same_answer
 from training_race import Played, race
 from training_rows import Rows, draw_rows
 from training_sides import OURS, SIDES
@@ -34,6 +34,15 @@ class Sizes:
     """That are timed; a warm-up goes before them."""
 
 
+@dataclass(frozen=True, eq=False)
+class Meeting:
+    """Ours and a peer, whose steps were taken in turn."""
+
+    peer: str
+    ours: Played
+    theirs: Played
+
+
 @dataclass(frozen=True, kw_only=True)
 class Context(Notes):
     """The options that all cases share, and what is made of them once."""
@@ -49,8 +58,8 @@ class Context(Notes):
     threads: int
     seed: int
     sizes: Sizes
-    known: dict[tuple[str, str, str, str], Played] = field(default_factory=dict)
-    """What a side gave, by (method, side, optimizer, dtype): memory is told of trainings that were timed."""
+    known: dict[tuple[str, tuple[str, ...], str, str], list[Meeting]] = field(default_factory=dict)
+    """What was trained, by (method, peers, optimizer, dtype): memory is told of trainings that were timed."""
     checked: dict[tuple[str, str, str], bool] = field(default_factory=dict)
     """Whether a peer of a method and an optimizer answers our question, seen in fp32."""
 
@@ -70,49 +79,44 @@ class Context(Notes):
         """Whether forward passes are in bf16."""
         return self.dtype == torch.bfloat16
 
-    def train(self, method: str, sides: Sequence[str], optimizer: str, title: str) -> dict[str, Played]:
-        """What the sides give, ours first, all steps in turn. Who fails is noted and not in it."""
+    def train(self, method: str, peers: Sequence[str], optimizer: str, title: str) -> list[Meeting]:
+        """Ours beside the peers, all steps in turn: a meeting with each. Who fails is noted and is in none.
+
+        A training that was done before is not done again.
+        """
         if self.low:
-            self._check(method, sides, optimizer, title)
-        return self._train(method, sides, optimizer, self.dtype, self.sizes.steps + 1, title)
+            for met in self._train(method, peers, optimizer, torch.float32, CHECKED, f"{title}, compared in fp32"):
+                self.checked[method, met.peer, optimizer] = same_answer(met.ours.curve, met.theirs.curve, FP32)
+        return self._train(method, peers, optimizer, self.dtype, self.sizes.steps + 1, title)
 
-    def same(self, method: str, peer: str, optimizer: str, ours: Played, theirs: Played) -> bool:
+    def same(self, method: str, optimizer: str, met: Meeting) -> bool:
         """Whether ours and a peer gave the same answer, in the precision that was timed and, before that, in fp32."""
-        allowed: Tolerance = BF16 if self.low else FP32
-        right = not self.low or self.checked.get((method, peer, optimizer), False)
-        return right and same_answer(ours.curve, theirs.curve, allowed)
-
-    def _check(self, method: str, sides: Sequence[str], optimizer: str, title: str) -> None:
-        """Compares a few steps in fp32, where two right answers are nearly one."""
-        found = self._train(method, sides, optimizer, torch.float32, CHECKED, f"{title}, compared in fp32")
-        for peer in sides:
-            if peer != OURS and peer in found and OURS in found:
-                same = same_answer(found[OURS].curve, found[peer].curve, FP32)
-                self.checked[method, peer, optimizer] = same
+        right = not self.low or self.checked.get((method, met.peer, optimizer), False)
+        return right and same_answer(met.ours.curve, met.theirs.curve, BF16 if self.low else FP32)
 
     def _train(
-        self, method: str, sides: Sequence[str], optimizer: str, dtype: torch.dtype, steps: int, title: str
-    ) -> dict[str, Played]:
+        self, method: str, peers: Sequence[str], optimizer: str, dtype: torch.dtype, steps: int, title: str
+    ) -> list[Meeting]:
         precision = str(dtype).removeprefix("torch.")
-        keys = {side: (method, side, optimizer, precision) for side in sides}
-        if all(key in self.known for key in keys.values()):
-            return {side: self.known[key] for side, key in keys.items()}
-        found: dict[str, Played] = {}
-        with tempfile.TemporaryDirectory(prefix="slmfast-bench-") as scratch:
-            data = Path(scratch) / "rows.parquet"
-            rows = self.rows[method]
-            rows.first(self.sizes.samples * steps).write(data)
-            for several in self._together(sides):
-                names = " and ".join(SIDES[side].title for side in several)
-                self.say(f"{title}: {names}, {optimizer}, {precision}, {steps} steps of {self.sizes.samples}")
-                requests = {side: self._request(method, side, optimizer, precision, data) for side in several}
-                played, failed = race(requests, steps, self.threads)
-                for side, failure in failed.items():
-                    self.fail(f"{SIDES[side].title}, {title}", failure, ours=side == OURS)
-                found = {**played, **found}  # where ours ran again with another peer, the first run is kept
-                self._told(played)
-        self.known.update({keys[side]: one for side, one in found.items()})
-        return found
+        key = method, tuple(peers), optimizer, precision
+        if key not in self.known:
+            self.known[key] = []
+            with tempfile.TemporaryDirectory(prefix="slmfast-bench-") as scratch:
+                data = Path(scratch) / "rows.parquet"
+                self.rows[method].first(self.sizes.samples * steps).write(data)
+                for several in self._together(peers):
+                    sides = [OURS, *several]
+                    names = " and ".join(SIDES[side].title for side in sides)
+                    self.say(f"{title}: {names}, {optimizer}, {precision}, {steps} steps of {self.sizes.samples}")
+                    requests = {side: self._request(method, side, optimizer, precision, data) for side in sides}
+                    played, failed = race(requests, steps, self.threads)
+                    for side, failure in failed.items():
+                        self.fail(f"{SIDES[side].title}, {title}", failure, ours=side == OURS)
+                    self._told(played)
+                    if OURS in played:
+                        met = [Meeting(peer, played[OURS], played[peer]) for peer in several if peer in played]
+                        self.known[key] += met
+        return self.known[key]
 
     def _told(self, played: Mapping[str, Played]) -> None:
         for side, one in played.items():
@@ -135,11 +139,9 @@ class Context(Notes):
             "data": str(data),
         }
 
-    def _together(self, sides: Sequence[str]) -> list[list[str]]:
-        """Which sides run beside one another: all where the memory holds them, else ours with one peer at a time."""
-        if OURS not in sides or len(sides) <= 2 or self._needed(sides) <= self._free():
-            return [list(sides)]
-        return [[OURS, peer] for peer in sides if peer != OURS]
+    def _together(self, peers: Sequence[str]) -> list[list[str]]:
+        """Which peers run beside ours: all at once where the memory holds them, else one at a time."""
+        return [list(peers)] if self._needed([OURS, *peers]) <= self._free() else [[peer] for peer in peers]
 
     def _needed(self, sides: Sequence[str]) -> int:
         """Bytes: weights and both moments of all sides, and one's gradients and activations, as one steps at a time."""

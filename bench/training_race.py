@@ -73,6 +73,7 @@ class Player:
 
     def end(self) -> dict[str, Any]:
         """After the last step: {"baseline", "peak"}."""
+        self._process.stdin.close()  # one that waits for another step is not waited for
         return self._line()
 
     def close(self) -> None:
