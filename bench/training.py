@@ -34,7 +34,7 @@ from slmfast.training.run import load_tokenizer
 
 DEFAULT = "qwen2-0.5b"
 ALL = 1 << 20  # layers: as many as the model has
-QUICK = Sizes(layers=4, samples=8, steps=3)
+QUICK = Sizes(layers=4, samples=8, steps=2)
 FULL = Sizes(layers=ALL, samples=8, steps=3)
 # A GPU computes a whole batch of some thousand tokens at once; --full takes the paper's step of 4 x 250.
 QUICK_CUDA = Sizes(layers=ALL, samples=64, steps=4)

@@ -11,6 +11,8 @@ from training_sides import KTO_PEERS, SFT_PEERS, SIDES
 
 MEGABYTE = 1e6
 OPTIMIZER = "adamw"  # fp32 states: ours, and torch's fused one, which is TRL's default
+EIGHT_BIT = "adamw8bit"  # bitsandbytes' on both sides
+AT_PEAK = 2  # steps after which the peak was reached: gradients and activations beside the states of the first step
 
 
 def kto_case(context: Context) -> Iterator[Result]:
@@ -32,8 +34,10 @@ def sft_case(context: Context) -> Iterator[Result]:
 
 def memory_case(context: Context) -> Iterator[Result]:
     """The peak of the KTO trainings: beyond the loaded model, and the whole process or all that CUDA allocated."""
-    for optimizer, peers in ((OPTIMIZER, list(KTO_PEERS)), ("adamw8bit", ["precomputed"])):
-        yield from peaks_beside(context, optimizer, context.train("kto", peers, optimizer, "memory"))
+    yield from peaks_beside(context, OPTIMIZER, context.train("kto", list(KTO_PEERS), OPTIMIZER, "memory"))
+    yield from peaks_beside(
+        context, EIGHT_BIT, context.train("kto", ["precomputed"], EIGHT_BIT, "memory", steps=AT_PEAK)
+    )
 
 
 def steps_beside(context: Context, method: str, meetings: Sequence[Meeting]) -> Iterator[Result]:

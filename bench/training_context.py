@@ -1,7 +1,7 @@
 """What every case of the training benchmark is given, and how it has sides train."""
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -79,15 +79,19 @@ class Context(Notes):
         """Whether forward passes are in bf16."""
         return self.dtype == torch.bfloat16
 
-    def train(self, method: str, peers: Sequence[str], optimizer: str, title: str) -> list[Meeting]:
+    def train(self, method: str, peers: Sequence[str], optimizer: str, title: str, steps: int = 0) -> list[Meeting]:
         """Ours beside the peers, all steps in turn: a meeting with each. Who fails is noted and is in none.
 
         A training that was done before is not done again.
+
+        Args:
+            steps: the first among them; 0 takes those of the sizes, and one more before them.
         """
+        steps = steps or self.sizes.steps + 1
         if self.low:
             for met in self._train(method, peers, optimizer, torch.float32, CHECKED, f"{title}, compared in fp32"):
                 self.checked[method, met.peer, optimizer] = same_answer(met.ours.curve, met.theirs.curve, FP32)
-        return self._train(method, peers, optimizer, self.dtype, self.sizes.steps + 1, title)
+        return self._train(method, peers, optimizer, self.dtype, steps, title)
 
     def same(self, method: str, optimizer: str, met: Meeting) -> bool:
         """Whether ours and a peer gave the same answer, in the precision that was timed and, before that, in fp32."""
@@ -109,19 +113,15 @@ class Context(Notes):
                     names = " and ".join(SIDES[side].title for side in sides)
                     self.say(f"{title}: {names}, {optimizer}, {precision}, {steps} steps of {self.sizes.samples}")
                     requests = {side: self._request(method, side, optimizer, precision, data) for side in sides}
-                    played, failed = race(requests, steps, self.threads)
+                    played, failed = race(
+                        requests, steps, self.threads, lambda side, did: self.say(f"{SIDES[side].title} {did}")
+                    )
                     for side, failure in failed.items():
                         self.fail(f"{SIDES[side].title}, {title}", failure, ours=side == OURS)
-                    self._told(played)
                     if OURS in played:
                         met = [Meeting(peer, played[OURS], played[peer]) for peer in several if peer in played]
                         self.known[key] += met
         return self.known[key]
-
-    def _told(self, played: Mapping[str, Played]) -> None:
-        for side, one in played.items():
-            taken = ", ".join(f"{seconds:.2f}" for seconds in one.seconds)
-            self.say(f"{SIDES[side].title}: steps of {taken} s, losses {one.losses}, gradient {one.norm:.6g}")
 
     def _request(self, method: str, side: str, optimizer: str, dtype: str, data: Path) -> dict[str, Any]:
         return {

@@ -49,8 +49,8 @@ def build(model: nn.Module, request: dict[str, Any]) -> tuple[StepTrainer, float
     write_json(scratch / "run.json", {})
     states = 8 if settings.optimizer == "adamw" else 2
     budget = PackBudget(scratch / "run.json", lambda: usual_budget(model, passes.checkpointing, states))
-    objective, seconds = _objective(model, settings, tokens, groups, order, passes, budget)
     optimizer = make_optimizer(model, settings, settings.warmup_steps(len(order)))
+    objective, seconds = _objective(model, settings, tokens, groups, order, passes, budget)
     arguments = TrainingArguments(
         output_dir=str(scratch),
         per_device_train_batch_size=1,

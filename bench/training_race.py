@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -108,9 +108,12 @@ class _Record:
 
 
 def race(
-    requests: Mapping[str, Mapping[str, Any]], steps: int, threads: int
+    requests: Mapping[str, Mapping[str, Any]], steps: int, threads: int, say: Callable[[str, str], None]
 ) -> tuple[dict[str, Played], dict[str, ChildFailed]]:
     """Has all sides take `steps` steps in turn, after they were set up one after the other.
+
+    Args:
+        say: is told of progress: the side, and what it did.
 
     Returns:
         (what those gave who finished, why the others did not).
@@ -130,10 +133,16 @@ def race(
                 alive[name].precompute_seconds = alive[name].player.ready()["precompute_seconds"]
             except ChildFailed as failure:
                 fail(name, failure)
-        for _ in range(steps):
+            else:
+                say(name, "stands ready")
+        for number in range(steps):
             for name, record in list(alive.items()):
                 try:
                     record.steps.append(record.player.step())
+                    say(
+                        name,
+                        "step {} of {}: {seconds:.2f} s, loss {loss:.7f}".format(number, steps - 1, **record.steps[-1]),
+                    )
                 except ChildFailed as failure:
                     fail(name, failure)
         for name, record in list(alive.items()):
