@@ -22,7 +22,7 @@ FP32 = Tolerance(1e-5, 1e-5)
 # bf16 keeps 8 bits of every number of a forward pass. That the question is the same is seen in fp32 before; this only
 # finds a side that goes astray.
 BF16 = Tolerance(5e-2, 1e-1)
-MOVED = 10.0  # tolerances between the least and the largest loss of a curve
+MOVED = 2.0  # tolerances between the least and the largest loss of a curve
 
 
 @dataclass(frozen=True)

@@ -156,7 +156,7 @@ def test_memory_is_told_of_the_trainings_that_were_timed(bench, capsys, play):
 
 
 WRONG = {
-    "a loss": {"losses": [0.5, 0.4, 0.3 * (1 + 2e-5)]},
+    "a loss": {"losses": [0.5, 0.4 * (1 + 2e-5), 0.3]},
     "the first gradient": {"norm": 2.0 * (1 + 2e-5)},
     "not a number": {"losses": [0.5, float("nan"), 0.3]},
 }
