@@ -1,6 +1,6 @@
 """Training beside TRL: one command, one table a case, one line of JSON.
 
-    slmfast bench training                 all cases on a few layers, in about six minutes on two cores
+    slmfast bench training                 all cases on two layers, in about six minutes on two cores
     slmfast bench training --full          all layers of the model: about 25 minutes
     slmfast bench training --case kto --layers 24 --samples 16 --steps 3
 
@@ -34,8 +34,8 @@ from slmfast.training.run import load_tokenizer
 
 DEFAULT = "qwen2-0.5b"
 ALL = 1 << 20  # layers: as many as the model has
-QUICK = Sizes(layers=4, samples=8, steps=2)
-FULL = Sizes(layers=ALL, samples=8, steps=3)
+QUICK = Sizes(layers=2, samples=4, steps=2)
+FULL = Sizes(layers=ALL, samples=8, steps=2)
 # A GPU computes a whole batch of some thousand tokens at once; --full takes the paper's step of 4 x 250.
 QUICK_CUDA = Sizes(layers=ALL, samples=64, steps=4)
 FULL_CUDA = Sizes(layers=ALL, samples=1000, steps=3)
