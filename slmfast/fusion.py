@@ -7,7 +7,7 @@ weight, so the average is taken in float64 and kept in float32; `update_survival
 
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +27,7 @@ from slmfast.model_folder import (
 from slmfast.store import atomic_path, model_digest, write_json
 
 CARD = "fusion.json"
+PIECE = 1 << 22  # weights of an update measured at once: in float64 an embedding would take gigabytes
 DTYPES = {
     "float32": torch.float32,
     "fp32": torch.float32,
@@ -63,17 +64,25 @@ def update_survival(base: str | Path, tuned: str | Path, dtype: str | torch.dtyp
 
 
 class SurvivalCounter:
-    """Adds up `update_survival` over the tensors of two models."""
+    """Adds up `update_survival` over the tensors of two models.
 
-    def __init__(self, dtype: torch.dtype):
-        self.dtype = dtype
+    Args:
+        rounding: a type, or a function that rounds a tensor to what it would be.
+    """
+
+    def __init__(self, rounding: torch.dtype | Callable[[Tensor], Tensor]):
+        self._rounded = rounding if callable(rounding) else lambda tensor: tensor.to(rounding)
         self._moved = self._kept = 0
         self._product = self._square = 0.0
 
     def add(self, base: Tensor, tuned: Tensor) -> None:
         """Counts one tensor of both models, of equal shape."""
+        for old, new in zip(base.reshape(-1).split(PIECE), tuned.reshape(-1).split(PIECE), strict=True):
+            self._add(old, new)
+
+    def _add(self, base: Tensor, tuned: Tensor) -> None:
         moved = tuned.double() != base.double()
-        rounded = tuned.to(self.dtype).double() - base.to(self.dtype).double()
+        rounded = self._rounded(tuned).double() - self._rounded(base).double()
         update = tuned.double() - base.double()
         self._moved += int(moved.sum())
         self._kept += int((moved & (rounded != 0)).sum())

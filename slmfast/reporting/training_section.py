@@ -73,6 +73,8 @@ def _settings(run: RunFolder, logs: dict[str, Log]) -> Table:
                 "epochs": whole(settings.epochs),
                 "steps": whole(card.get("steps", len(losses))),
                 "optimizer, forward pass": f"{settings.optimizer}, {settings.forward}",
+                "the update's norm as the forward pass saw it": _norm(card, "forward_sees"),
+                "the update's norm as bfloat16 would keep it": _norm(card, "bfloat16_keeps"),
                 "weights of positives, negatives": _class_weights(settings),
                 "loss, first step": decimal(losses[0] if losses else None, 4),
                 "loss, mean of the last tenth": decimal(_tail(losses), 4),
@@ -81,6 +83,10 @@ def _settings(run: RunFolder, logs: dict[str, Log]) -> Table:
         )
     rows = [[what, *(column[what] for column in columns)] for what in columns[0]]
     return Table("The three trainings", ["", *logs], rows)
+
+
+def _norm(card: dict[str, Any], share: str) -> str:
+    return percent(card.get(share, {}).get("norm"))
 
 
 def _class_weights(settings: Any) -> str:

@@ -9,6 +9,9 @@ pack_budget     how many tokens a pack has, and what happens where the memory do
 sft, kto        the two objectives, with the public entries train_sft and train_kto
 kto_loss        KTO's formula, public as slmfast.kto_loss
 optimizer       AdamW on fp32 masters with compensated large weights; the schedule
+split_weights   fp32 masters in two halves, and what linear layers compute with them
+split_adamw     AdamW with 8-bit states on such masters
+forward_sees    what share of a run's update its forward pass has seen
 trainer         transformers.Trainer whose batch is a whole step
 run             one run from its arguments to a complete model folder
 checkpoint      exact, checked checkpoints in safetensors and JSON

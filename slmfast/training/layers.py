@@ -6,7 +6,7 @@
 - With checkpointing a decoder layer keeps its input alone and runs again when its gradient is taken. The last one does
   not: its turn comes first.
 
-All other layers are the model's own code.
+All other layers are the model's own code, or what `split_weights` has put there.
 
 Shapes: L tokens, H hidden width, I inner width of an MLP.
 """
@@ -23,6 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from slmfast.kernels.cpu_products import linear, serves
 from slmfast.scoring.cpu_layers import ROWS, is_gated
+from slmfast.training.split_weights import fp32_grad
 
 Forward = Callable[..., Any]
 
@@ -53,13 +54,6 @@ def training_layers(model: nn.Module, *, plain_fp32: bool, checkpointing: bool) 
     finally:
         for module in changed:
             del module.forward
-
-
-def gradient_of(weight: Tensor) -> Tensor:
-    """The buffer into which a weight's gradients are added; zeros where there is none yet."""
-    if weight.grad is None:
-        weight.grad = torch.zeros_like(weight)
-    return weight.grad
 
 
 def _add_product(weight: Tensor, gradient: Tensor, x: Tensor) -> None:
@@ -110,7 +104,7 @@ class _Embed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None]:
         (ids,) = ctx.saved_tensors
-        buffer, ids = gradient_of(ctx.table), ids.flatten()
+        buffer, ids = fp32_grad(ctx.table), ids.flatten()
         rows = gradient.flatten(0, -2).to(buffer.dtype)
         if ctx.padding is not None:  # torch's embedding does not learn that row
             rows = rows.masked_fill((ids == ctx.padding)[:, None], 0.0)
@@ -135,7 +129,7 @@ class _Linear(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         _add_product(ctx.weight, gradient.flatten(0, -2), x.flatten(0, -2))
         if ctx.bias is not None and ctx.bias.requires_grad:
-            gradient_of(ctx.bias).add_(gradient.flatten(0, -2).sum(0))
+            fp32_grad(ctx.bias).add_(gradient.flatten(0, -2).sum(0))
         return (linear(gradient, ctx.weight.T) if ctx.needs_input_grad[0] else None), None, None
 
 

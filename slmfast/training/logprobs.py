@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from slmfast.kernels.head_op import accumulating_logprob
 from slmfast.scoring.batches import Batch
-from slmfast.training.layers import gradient_of
+from slmfast.training.split_weights import fp32_grad, masters_of
 
 
 def target_logprobs(model: nn.Module, batch: Batch, forward: str) -> Tensor:
@@ -19,8 +19,8 @@ def target_logprobs(model: nn.Module, batch: Batch, forward: str) -> Tensor:
     with forward_precision(forward, batch.input_ids.device):
         hidden = batch.hidden(model)
     weight = model.get_output_embeddings().weight
-    buffer = gradient_of(weight) if weight.requires_grad and torch.is_grad_enabled() else None
-    return accumulating_logprob(*head_operands(hidden, weight, forward), batch.targets, buffer)
+    buffer = fp32_grad(weight) if weight.requires_grad and torch.is_grad_enabled() else None
+    return accumulating_logprob(*head_operands(hidden, seen_head(model, forward), forward), batch.targets, buffer)
 
 
 def completion_logprobs(model: nn.Module, batch: Batch, forward: str) -> Tensor:
@@ -33,8 +33,17 @@ def completion_logprobs(model: nn.Module, batch: Batch, forward: str) -> Tensor:
 
 
 def forward_precision(forward: str, device: torch.device | str) -> AbstractContextManager[object]:
-    """The context of a forward pass: autocast for "bf16", nothing for the others. The weights stay fp32."""
+    """The context of a forward pass: autocast for "bf16", nothing for the others. The weights stay as they are."""
     return torch.autocast(torch.device(device).type, torch.bfloat16) if forward == "bf16" else nullcontext()
+
+
+def seen_head(model: nn.Module, forward: str) -> Tensor:
+    """The head's weight [V, H] as the forward pass sees it: whole, or of split ones the high half or both merged.
+
+    A merged head is new memory, an fp32 matrix of the vocabulary's size: let it go with its pack.
+    """
+    weight, masters = model.get_output_embeddings().weight, masters_of(model)
+    return weight.detach() if masters is None or forward == "bf16" else masters.merged(weight)
 
 
 def head_operands(hidden: Tensor, weight: Tensor, forward: str) -> tuple[Tensor, Tensor]:
@@ -43,5 +52,5 @@ def head_operands(hidden: Tensor, weight: Tensor, forward: str) -> tuple[Tensor,
     fp32, whatever the forward's precision, but for a bf16 forward on CUDA, where fp32 products would take longer than
     all the rest. Sums and the softmax are fp32 everywhere: a rounded bf16 logit errs by up to 4e-3 of itself.
     """
-    dtype = torch.bfloat16 if forward == "bf16" and hidden.is_cuda else weight.dtype
+    dtype = torch.bfloat16 if forward == "bf16" and hidden.is_cuda else torch.float32
     return hidden.to(dtype), weight.detach().to(dtype)

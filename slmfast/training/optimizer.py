@@ -105,7 +105,7 @@ def make_optimizer(
     Raises:
         UserError: the optimizer and the masters don't belong together.
     """
-    if (settings.optimizer == "adamw8bit-split") != (masters is not None):
+    if settings.splits_weights != (masters is not None):
         raise UserError(
             f"optimizer is {settings.optimizer!r} for weights that are {'split' if masters else 'whole'}: "
             'split weights, and they alone, take "adamw8bit-split"'

@@ -21,7 +21,8 @@ from slmfast.scoring.packable import rotates_by_length, why_not_packed
 from slmfast.scoring.packing import Group, Tokens
 from slmfast.scoring.probes import remembered
 from slmfast.training.layers import training_layers
-from slmfast.training.logprobs import completion_logprobs, forward_precision, head_operands
+from slmfast.training.logprobs import completion_logprobs, forward_precision, head_operands, seen_head
+from slmfast.training.split_weights import SplitWeights, masters_of
 
 Pair = tuple[Tokens, Tokens]  # the token ids of a prompt and of a completion, at least one each
 
@@ -64,7 +65,7 @@ class Passes:
     def score(self, model: nn.Module, pairs: Sequence[Pair], budget: int) -> Tensor:
         """The log-probabilities of all completions, float64 [pairs], by the fastest way that keeps no gradient."""
         found = torch.empty(len(pairs), dtype=torch.float64, device=self.device)
-        weight = model.get_output_embeddings().weight
+        weight = seen_head(model, self.forward)
         with self._packed(model, pairs, budget) as packs, evaluating(model), ExitStack() as ways:
             if self.forward == "fp32":
                 ways.enter_context(faster_layers(model))
@@ -78,13 +79,36 @@ class Passes:
 
     @contextmanager
     def _packed(self, model: nn.Module, pairs: Sequence[Pair], budget: int) -> Iterator[Iterator[Batch]]:
-        packed, alone = remembered(why_not_packed, model) is None, rotates_by_length(model)
+        packed, alone = _packable(model), rotates_by_length(model)
         groups = [Group(prompt, [completion]) for prompt, completion in pairs]
         batches = make_batches(groups, 1 if alone else budget, packed=packed, device=self.device)
         with ExitStack() as ways:
             if packed:
                 ways.enter_context(packing(model))
             yield batches
+
+
+def split_weights(model: nn.Module, forward: str) -> SplitWeights:
+    """Splits a model's fp32 weights on its device, for passes whose forward is `forward`.
+
+    Raises:
+        UserError: as `SplitWeights`.
+    """
+    packable = _packable(model)
+    masters = SplitWeights(model, forward)
+    masters.packable = packable
+    return masters
+
+
+def _packable(model: nn.Module) -> bool:
+    """Whether a model's sequences may share a pack.
+
+    That is asked of whole weights: in bf16 a few tokens' hidden states differ by more than the answer allows.
+    """
+    masters = masters_of(model)
+    if masters is not None and masters.packable is not None:
+        return masters.packable
+    return remembered(why_not_packed, model) is None
 
 
 def numbers(batch: Batch) -> Tensor:

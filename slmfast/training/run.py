@@ -18,16 +18,17 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from slmfast.errors import UserError
-from slmfast.fusion import SurvivalCounter
 from slmfast.model_folder import SINGLE, ModelWeights, check_model_folder, check_output, write_companions, write_tensors
 from slmfast.scoring.head import head_weight
 from slmfast.store import atomic_path, digest, model_digest, read_json, remove, remove_temporaries, write_json
 from slmfast.training import checkpoint
 from slmfast.training.data import StepOrder, TokenSet, dataset_digest, load_tokens, make_groups
+from slmfast.training.forward_sees import report_update
 from slmfast.training.optimizer import make_optimizer, rate_factor
 from slmfast.training.pack_budget import PackBudget, usual_budget
-from slmfast.training.passes import Passes
+from slmfast.training.passes import Passes, split_weights
 from slmfast.training.settings import TrainSettings
+from slmfast.training.split_weights import SplitWeights
 from slmfast.training.trainer import Objective, ShowProgress, StepTrainer
 
 CARD = "training.json"
@@ -95,8 +96,8 @@ def train(run: Run, method: str, make_objective: MakeObjective, inputs: dict[str
         settings = replace(settings, max_length=min(settings.max_length, _positions(run.model, settings)))
         setup, arguments = _set_up(run, settings, model)
         print(describe(settings, setup), file=sys.stderr)
-        optimizer = make_optimizer(model, settings, settings.warmup_steps(len(setup.order)))
-        _check_forward(settings, optimizer)
+        masters = split_weights(model, settings.forward) if settings.splits_weights else None
+        optimizer = make_optimizer(model, settings, settings.warmup_steps(len(setup.order)), masters)
         objective = make_objective(model, setup)
         scheduler = LambdaLR(optimizer, rate_factor(settings, len(setup.order)))
         trainer = StepTrainer(model, objective, setup.order, arguments, (optimizer, scheduler), setup.budget)
@@ -104,7 +105,7 @@ def train(run: Run, method: str, make_objective: MakeObjective, inputs: dict[str
             trainer.add_callback(ShowProgress(method))
         found = checkpoint.latest(run.work_folder)
         trainer.train(resume_from_checkpoint=str(found) if found else None)
-        _export(run, model, setup, trainer.history())
+        _export(run, model, masters, setup, trainer.history())
     _clear_work(run)
     return run.output
 
@@ -140,15 +141,8 @@ def _checkpoints(settings: TrainSettings, device: torch.device) -> bool:
 
 
 def _pack_tokens(model: nn.Module, settings: TrainSettings, passes: Passes) -> int:
-    states = 2 if settings.optimizer == "adamw8bit" else 8
+    states = 8 if settings.optimizer == "adamw" else 2
     return settings.pack_tokens or usual_budget(model, passes.checkpointing, states)
-
-
-def _check_forward(settings: TrainSettings, optimizer: torch.optim.Optimizer) -> None:
-    if settings.forward == "split" and not getattr(optimizer, "splits_weights", False):
-        raise UserError(
-            f"forward is 'split', but the optimizer {settings.optimizer} keeps whole weights: set forward to fp32"
-        )
 
 
 def load_model(path: Path) -> nn.Module:
@@ -282,7 +276,9 @@ def _positions(model: Path, settings: TrainSettings) -> int:
     return read_json(model / "config.json").get("max_position_embeddings") or settings.max_length
 
 
-def _export(run: Run, model: nn.Module, setup: Setup, history: list[dict[str, float]]) -> None:
+def _export(
+    run: Run, model: nn.Module, masters: SplitWeights | None, setup: Setup, history: list[dict[str, float]]
+) -> None:
     """Writes the complete model folder: fp32 weights, config, tokenizer, card and log."""
     parameters = dict(sorted(model.named_parameters()))
     card = {
@@ -295,31 +291,16 @@ def _export(run: Run, model: nn.Module, setup: Setup, history: list[dict[str, fl
         "steps_per_epoch": setup.order.steps_per_epoch,
         "pack_tokens": setup.budget.history,
         "fingerprint": run.fingerprint,
+        **report_update(run.model, parameters.items(), masters, run.settings),
     }
-    if run.settings.forward != "fp32":
-        with ModelWeights(run.model) as base:
-            card["forward_sees"] = _forward_sees(base, parameters, run.settings)
+    values = parameters.values() if masters is None else map(masters.merged, parameters.values())  # one at a time
     with atomic_path(run.output) as folder:
         folder.mkdir()
         write_companions(run.model, folder, torch.float32)
         shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-        write_tensors(folder / SINGLE, shapes, torch.float32, parameters.values())
+        write_tensors(folder / SINGLE, shapes, torch.float32, values)
         write_json(folder / LOG, history)
         write_json(folder / CARD, card)
-
-
-def _forward_sees(base: ModelWeights, parameters: dict[str, nn.Parameter], settings: TrainSettings) -> dict[str, float]:
-    """What share of the update a forward in bf16 sees, printed as the precision law asks."""
-    counter = SurvivalCounter(torch.bfloat16)
-    for name, parameter in parameters.items():
-        counter.add(base[name].float(), parameter.detach().cpu())
-    seen = counter.result()
-    print(
-        f"train {settings.method}: the {settings.forward} forward saw {seen.weights:.2%} of the moved weights and "
-        f"{seen.norm:.2%} of the update's norm",
-        file=sys.stderr,
-    )
-    return seen._asdict()
 
 
 @contextmanager

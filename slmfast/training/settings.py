@@ -44,9 +44,9 @@ class TrainSettings:
     """What the rate does after the warm-up: "cosine" or "linear" down to zero, or "constant"."""
 
     optimizer: str = "adamw"
-    """"adamw": fp32 states; "adamw8bit": bitsandbytes' 8-bit states; "adamw8bit-split": 8-bit states of our own, and
-    fp32 weights as bf16 halves that the forward pass reads and 16 bits beside them. All of them compensate weights too
-    large for a step."""
+    """"adamw": fp32 states; "adamw8bit": bitsandbytes' 8-bit states; "adamw8bit-split": 8-bit states of our own, the
+    embedding's too, and fp32 weights in two halves, of which a bf16 forward reads one without a copy: the least memory.
+    All of them compensate weights too large for a step."""
 
     beta: float = 0.1
     """KTO's beta: how strongly the policy is held to the reference."""
@@ -73,8 +73,9 @@ class TrainSettings:
     """Optimizer steps between two checkpoints."""
 
     forward: str = "fp32"
-    """The precision of the forward and backward pass: "fp32"; "bf16" by autocast; or "split", the products of both
-    halves of split masters, which needs their optimizer. The masters carry fp32's precision in all three."""
+    """The precision of the forward and backward pass: "fp32"; "bf16" by autocast; or "split", bf16
+    products of both halves of the weights, which needs the optimizer adamw8bit-split. The masters carry fp32's
+    precision in all three; what share of the update the forward saw is printed at the end of a run."""
 
     pack_tokens: int | None = None
     """The most tokens of a pack; by default what suits the machine, chosen at a run's first start and then kept. The
@@ -114,6 +115,11 @@ class TrainSettings:
             _check(key, getattr(self, key), _is_number(getattr(self, key)), "set it to a number of at least 0")
         ratio = self.warmup_ratio
         _check("warmup_ratio", ratio, _is_number(ratio) and ratio <= 1, "set it to a share between 0 and 1")
+        if self.forward == "split" and not self.splits_weights:
+            raise UserError(
+                f"forward is 'split', but the optimizer {self.optimizer} keeps whole weights: set forward to fp32 or "
+                "bf16, or optimizer to adamw8bit-split"
+            )
         if self.takes_pairs and self.batch_size < 2:
             raise UserError("batch_size is 1, which leaves KTO no other reply to pair: set it to at least 2")
 
@@ -121,6 +127,11 @@ class TrainSettings:
     def takes_pairs(self) -> bool:
         """Whether the loss asks for mismatched pairs of a prompt and another prompt's reply."""
         return self.method == "kto" and self.loss_type == "kto"
+
+    @property
+    def splits_weights(self) -> bool:
+        """Whether the weights are kept in two halves of 16 bits."""
+        return self.optimizer == "adamw8bit-split"
 
     @property
     def effective_batch(self) -> int:

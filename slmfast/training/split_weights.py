@@ -11,6 +11,7 @@ fp32 weights. All other parameters stay fp32.
 
 from collections.abc import Iterator
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +44,18 @@ def split(weights: Tensor) -> tuple[Tensor, Tensor]:
 
 def merge(high: Tensor, low: Tensor) -> Tensor:
     """The fp32 weights of the halves, new and bit for bit what was split."""
-    return (high.detach().view(torch.int16).to(torch.int32) << 16).add_(low).view(torch.float32)
+    bits = high.detach().view(torch.int16).to(torch.int32)
+    return bits.bitwise_left_shift_(16).add_(low).view(torch.float32)
+
+
+def seen_by_split(weights: Tensor) -> Tensor:
+    """What a "split" forward multiplies by in place of fp32 weights, float64: high and the bf16 number nearest to low.
+
+    Raises:
+        UserError: a weight is NaN or infinite.
+    """
+    high = split(weights)[0].float()
+    return (weights.detach() - high).bfloat16().double().add_(high)
 
 
 def has_values(tensor: Tensor) -> bool:
@@ -56,6 +68,14 @@ def fp32_grad(parameter: Tensor) -> Tensor:
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter, dtype=torch.float32)
     return parameter.grad
+
+
+_masters: WeakKeyDictionary[nn.Module, "SplitWeights"] = WeakKeyDictionary()
+
+
+def masters_of(model: nn.Module) -> "SplitWeights | None":
+    """Who has split a model's weights; None where they are whole."""
+    return _masters.get(model)
 
 
 class SplitWeights:
@@ -76,9 +96,12 @@ class SplitWeights:
             raise UserError(f"forward is {forward!r}: set it to one of {', '.join(FORWARDS)}")
         self.low: dict[Tensor, Tensor] = {}
         """The low half of each parameter that is split, by the parameter; int16, updated in place."""
+        self.packable: bool | None = None
+        """Whether the model's sequences may share a pack, from who asked before its weights were split."""
         for module in model.modules():
             if isinstance(module, nn.Linear | nn.Embedding) and self._take(module.weight):
                 self._patch(module, forward)
+        _masters[model] = self
 
     def _take(self, weight: nn.Parameter) -> bool:
         """Splits a weight that is large, fp32 and trained; says whether it is split now."""

@@ -16,8 +16,12 @@ TEMPLATE = (
 REPLIES = ["a cat", "seven", "no", "the quick brown fox", "x = 3 + 4", "你好", "yes, that is so", "blue"]
 
 
-def save_tiny_model(folder: Path, seed: int, tied: bool = True) -> Path:
-    """Saves a random two-layer Qwen2 with grouped queries, fp32, and its tokenizer as a complete folder."""
+def save_tiny_model(folder: Path, seed: int, tied: bool = True, hidden: int = 32, spread: float = 0.1) -> Path:
+    """Saves a random two-layer Qwen2 with grouped queries, fp32, and its tokenizer as a complete folder.
+
+    Its weights have the standard deviation `spread` and lie on the bf16 grid where it is wider than usual, as published
+    models do.
+    """
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
@@ -33,8 +37,8 @@ def save_tiny_model(folder: Path, seed: int, tied: bool = True) -> Path:
     torch.manual_seed(seed)
     config = Qwen2Config(
         vocab_size=320,
-        hidden_size=32,
-        intermediate_size=64,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -43,9 +47,12 @@ def save_tiny_model(folder: Path, seed: int, tied: bool = True) -> Path:
         bos_token_id=0,
         eos_token_id=2,
         pad_token_id=0,
-        initializer_range=0.1,
+        initializer_range=spread,
     )
-    Qwen2ForCausalLM(config).save_pretrained(folder)
+    model = Qwen2ForCausalLM(config)
+    if hidden > 32:
+        model.bfloat16().float()
+    model.save_pretrained(folder)
     fast.save_pretrained(folder)
     return folder
 
@@ -75,6 +82,12 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def other_tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Another tiny model of the same architecture, so that policy and reference can differ."""
     return save_tiny_model(tmp_path_factory.mktemp("tiny") / "other", seed=2)
+
+
+@pytest.fixture(scope="session")
+def wide_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model on the bf16 grid, most of whose matrices are large enough to be split."""
+    return save_tiny_model(tmp_path_factory.mktemp("wide") / "model", seed=5, hidden=64, spread=0.05)
 
 
 @pytest.fixture

@@ -12,9 +12,13 @@ import signal
 import sys
 from pathlib import Path
 
+import torch
+
 import slmfast.training.kto
 import slmfast.training.sft
+from slmfast.training.optimizer import make_optimizer
 from slmfast.training.settings import TrainSettings
+from slmfast.training.split_weights import SplitWeights
 
 
 def kill_at(target: str, number: int) -> None:
@@ -55,6 +59,15 @@ def in_child(case: dict, output: Path, kill: tuple[str, int] | None = None) -> i
     return os.WTERMSIG(status)
 
 
+def compile_split_step() -> None:
+    """Takes a step on split weights, whose compiler then need not run in every child."""
+    layer = torch.nn.Linear(64, 64)
+    settings = TrainSettings(method="sft", learning_rate=1e-8, optimizer="adamw8bit-split")
+    optimizer = make_optimizer(layer, settings, 1, SplitWeights(layer))
+    layer.weight.grad = torch.ones(64, 64)
+    optimizer.step()
+
+
 def train(case: dict, output: Path) -> None:
     """One run of a case's arguments."""
     settings = TrainSettings(**case["settings"])
@@ -82,8 +95,10 @@ def undisturbed(case: dict, folder: Path) -> str:
 
 def main(path: str) -> None:
     """Goes through the cases of a JSON file."""
-    verdicts = []
-    for number, case in enumerate(json.loads(Path(path).read_text())):
+    verdicts, cases = [], json.loads(Path(path).read_text())
+    if any(case["settings"]["optimizer"] == "adamw8bit-split" for case in cases):
+        compile_split_step()
+    for number, case in enumerate(cases):
         folder = Path(path).parent
         output = folder / f"killed-{number}"
         signals = [in_child(case, output, kill) for kill in case["kills"]]

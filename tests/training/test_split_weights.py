@@ -347,3 +347,9 @@ def test_split_weights_and_their_optimizer_belong_together(tiny):
     assert isinstance(make_optimizer(model, SETTINGS, 1, masters), SplitAdamW8bit)
     with pytest.raises(UserError, match="forward is 'half'"):
         SplitWeights(model, "half")
+
+
+@pytest.mark.parametrize("told", [{"max_norm": 1.0}, {"scale_grad_by_freq": True}, {"sparse": True}])
+def test_an_embedding_that_does_more_than_look_up_is_refused(told):
+    with pytest.raises(UserError, match="take another optimizer"):
+        SplitWeights(torch.nn.Embedding(100, 64, **told))

@@ -29,12 +29,14 @@ LAST = "slmfast.training.run:_clear_work"  # when the model is in place
 
 
 @pytest.mark.slow
-def test_a_killed_run_ends_with_the_same_bytes(tiny_model, other_tiny_model, kto_set, sft_set, tmp_path):
+def test_a_killed_run_ends_with_the_same_bytes(tiny_model, other_tiny_model, wide_model, kto_set, sft_set, tmp_path):
     kto = {"model": str(tiny_model), "dataset": str(kto_set), "settings": asdict(SETTINGS)}
     held = kto | {"reference": str(other_tiny_model)}
     small = asdict(replace(SETTINGS, method="sft", optimizer="adamw8bit"))
     sft = {"model": str(tiny_model), "dataset": str(sft_set), "settings": small}
     fine = asdict(replace(SETTINGS, method="sft", learning_rate=1e-8))  # with compensated tensors
+    halves = replace(SETTINGS, learning_rate=1e-8, optimizer="adamw8bit-split", forward="split", pack_tokens=SMALL)
+    split = {"model": str(wide_model), "dataset": str(kto_set), "settings": asdict(halves)}
     cases = [
         kto | {"kills": [[REFERENCE, 3]]},
         kto | {"kills": [[STEP, 1]]},
@@ -45,10 +47,12 @@ def test_a_killed_run_ends_with_the_same_bytes(tiny_model, other_tiny_model, kto
         sft | {"kills": [[EXPORT, 1]]},
         sft | {"kills": [[LAST, 1]]},
         sft | {"settings": fine, "kills": [[STEP, 6]]},
+        split | {"kills": [[PACK, 38], [CHECKPOINT_FILE, 9], [STEP, 2]]},
     ]
     plan = tmp_path / "cases.json"
     plan.write_text(json.dumps(cases))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # Of numba's ways to run threads this one outlives a fork.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "NUMBA_THREADING_LAYER": "workqueue"}
     done = subprocess.run(
         [sys.executable, HERE / "killed_runs.py", plan], capture_output=True, text=True, env=environment, check=False
     )

@@ -53,6 +53,16 @@ def test_kto_needs_a_second_reply_in_a_group():
     assert TrainSettings(method="sft", learning_rate=1e-8, batch_size=1).effective_batch == 250
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+def test_a_split_forward_needs_split_weights(optimizer):
+    told = {"method": "sft", "learning_rate": 1e-8, "forward": "split"}
+    with pytest.raises(
+        UserError, match=f"the optimizer {optimizer} keeps whole weights: set forward to fp32 or bf16, or"
+    ):
+        TrainSettings(**told, optimizer=optimizer)
+    assert TrainSettings(**told, optimizer="adamw8bit-split").splits_weights
+
+
 def test_apo_zero_needs_no_second_reply():
     settings = {"method": "kto", "learning_rate": 1e-8, "loss_type": "apo_zero_unpaired"}
     assert TrainSettings(batch_size=1, **settings).effective_batch == 250
