@@ -11,7 +11,7 @@ from training_sides import KTO_PEERS, SFT_PEERS, SIDES
 
 MEGABYTE = 1e6
 OPTIMIZER = "adamw"  # fp32 states: ours, and torch's fused one, which is TRL's default
-EIGHT_BIT = "adamw8bit"  # bitsandbytes' on both sides
+EIGHT_BIT = ("adamw8bit-split", "adamw8bit")  # ours; beside both the peer has bitsandbytes' AdamW8bit
 AT_PEAK = 2  # steps after which the peak was reached: gradients and activations beside the states of the first step
 
 
@@ -35,9 +35,9 @@ def sft_case(context: Context) -> Iterator[Result]:
 def memory_case(context: Context) -> Iterator[Result]:
     """The peak of the KTO trainings: beyond the loaded model, and the whole process or all that CUDA allocated."""
     yield from peaks_beside(context, OPTIMIZER, context.train("kto", list(KTO_PEERS), OPTIMIZER, "memory"))
-    yield from peaks_beside(
-        context, EIGHT_BIT, context.train("kto", ["precomputed"], EIGHT_BIT, "memory", steps=AT_PEAK)
-    )
+    for optimizer in EIGHT_BIT:
+        met = context.train("kto", ["precomputed"], optimizer, "memory", steps=AT_PEAK)
+        yield from peaks_beside(context, optimizer, met)
 
 
 def steps_beside(context: Context, method: str, meetings: Sequence[Meeting]) -> Iterator[Result]:
@@ -53,7 +53,8 @@ def steps_beside(context: Context, method: str, meetings: Sequence[Meeting]) -> 
 
 def peaks_beside(context: Context, optimizer: str, meetings: Sequence[Meeting]) -> Iterator[Result]:
     """Bytes at the peak; the ratio is ours over theirs."""
-    what = f"kto peak memory, {optimizer}, {shape(context)}, {context.sizes.samples} samples"
+    beside = "" if optimizer == OPTIMIZER else " beside bitsandbytes AdamW8bit"
+    what = f"kto peak memory, {optimizer}{beside}, {shape(context)}, {context.sizes.samples} samples"
     counted = "allocated on the device" if context.device.type == "cuda" else "resident"
     for met in meetings:
         common = _common(context, "kto", optimizer, met)

@@ -15,7 +15,7 @@ from slmfast.training.data import StepOrder, load_tokens, make_groups
 from slmfast.training.kto import KtoObjective
 from slmfast.training.optimizer import make_optimizer, rate_factor
 from slmfast.training.pack_budget import PackBudget, usual_budget
-from slmfast.training.passes import Passes
+from slmfast.training.passes import Passes, split_weights
 from slmfast.training.run import load_tokenizer
 from slmfast.training.settings import TrainSettings
 from slmfast.training.sft import SftObjective
@@ -49,7 +49,8 @@ def build(model: nn.Module, request: dict[str, Any]) -> tuple[StepTrainer, float
     write_json(scratch / "run.json", {})
     states = 8 if settings.optimizer == "adamw" else 2
     budget = PackBudget(scratch / "run.json", lambda: usual_budget(model, passes.checkpointing, states))
-    optimizer = make_optimizer(model, settings, settings.warmup_steps(len(order)))
+    masters = split_weights(model, settings.forward) if settings.splits_weights else None
+    optimizer = make_optimizer(model, settings, settings.warmup_steps(len(order)), masters)
     objective, seconds = _objective(model, settings, tokens, groups, order, passes, budget)
     arguments = TrainingArguments(
         output_dir=str(scratch),

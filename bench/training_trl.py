@@ -39,7 +39,7 @@ def build(model: nn.Module, request: dict[str, Any]) -> tuple[Any, float | None]
         "model": model,
         "train_dataset": Dataset.from_parquet(request["data"], cache_dir=str(scratch / "cache")),
         "processing_class": load_tokenizer(Path(request["tokenizer"])),
-        "optimizers": _eight_bit(model) if request["optimizer"] == "adamw8bit" else (None, None),
+        "optimizers": (None, None) if request["optimizer"] == "adamw" else _eight_bit(model),
     }
     told = _arguments(request) | side.options
     if request["method"] == "sft":
@@ -79,7 +79,10 @@ def _arguments(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _eight_bit(model: nn.Module) -> tuple[torch.optim.Optimizer, LambdaLR]:
-    """bitsandbytes' optimizer with all of its states in 8 bits: transformers would leave embeddings' in 32."""
+    """bitsandbytes' optimizer, which stands beside our 8-bit ones, with all of its states in 8 bits.
+
+    By its name alone (`optim`), transformers would leave embeddings' states in 32.
+    """
     from bitsandbytes.optim import AdamW8bit
 
     optimizer = AdamW8bit(model.parameters(), lr=RATE, betas=BETAS, eps=EPS, weight_decay=0.0)

@@ -97,7 +97,7 @@ def test_kto_and_its_memory_beside_trl(bench, capsys, tmp_path, dtype):
         assert row["unit"] == "s" and row["ratio"] == pytest.approx(row["theirs"] / row["ours"])
         assert f"1 layers, H=128, V=1,792, {dtype}" in row["case"] and row["case"] in before
     memory = rows[3:]
-    assert [row["peer"] for row in memory] == [KTO[0], KTO[0], KTO[1], KTO[1], KTO[0], KTO[0]]
+    assert [row["peer"] for row in memory] == [KTO[0], KTO[0], KTO[1], KTO[1], *[KTO[0]] * 4]
     for whole, beyond in zip(memory[::2], memory[1::2], strict=True):
         assert whole["unit"] == "MB" and 0 < beyond["ours"] < whole["ours"] and 0 < beyond["theirs"] < whole["theirs"]
         assert whole["ratio"] == pytest.approx(whole["ours"] / whole["theirs"])
@@ -148,7 +148,7 @@ def test_memory_is_told_of_the_trainings_that_were_timed(bench, capsys, play):
     turns = play(precomputed={"peak": 9000})
     code, document, _ = run(bench, capsys, "--case", "kto", "--case", "memory")
     assert code == 0
-    eight = ["ours adamw8bit", "precomputed adamw8bit"] * 2  # the second step reaches the peak
+    eight = [f"{side} {kind}" for kind in ("adamw8bit-split", "adamw8bit") for side in ("ours", "precomputed") * 2]
     assert turns.read_text().splitlines() == ["ours adamw", "precomputed adamw", "default adamw"] * 3 + eight
     whole, beyond = document["results"][3:5]
     assert (whole["ours"], whole["theirs"], whole["ratio"]) == (0.005, 0.009, pytest.approx(5 / 9))
