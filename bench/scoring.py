@@ -15,13 +15,13 @@ no figure is named below the tables.
 import argparse
 import os
 import sys
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))  # the other files of this folder, which is in no package
 
 import torch
+from case_runner import run_cases
 from inputs import data_folder
 from result_table import Result, document, table, write_document
 from scoring_cases import long_case, padded_case, sharing_case, short_case
@@ -149,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.out:  # after every case: a run that is stopped leaves what it has
             write_document(options.out, text(results))
 
-    results = run_cases(context, options.case or list(CASES), keep)
+    results = run_cases(CASES, context, options.case or list(CASES), keep)
     for failure in context.failures:
         print(f"no figure: {failure}")
     print(text(results))
@@ -167,30 +167,6 @@ def print_plan(options: argparse.Namespace) -> int:
     if options.out:
         write_document(options.out, text)
     return 0
-
-
-def run_cases(context: Context, names: Sequence[str], done: Callable[[list[Result]], None]) -> list[Result]:
-    """Runs cases in the order of CASES, prints each one's table when it is done and tells `done` of all rows so far.
-
-    A case that fails keeps the rows it has, is noted in the context, and does not keep the others from running.
-    """
-    results: list[Result] = []
-    for name, case in CASES.items():
-        if name in names:
-            rows: list[Result] = []
-            try:
-                for row in case(context):
-                    rows.append(row)
-            except Exception as error:  # whatever it is, the figures taken before must not be lost with it
-                if isinstance(error, UserError) and not results:
-                    raise
-                traceback.print_exc()
-                context.fail(name, f"{type(error).__name__}: {error}".splitlines()[0], ours=True)
-            results += rows
-            if rows:
-                print(f"{name}\n{table(rows)}\n", flush=True)
-            done(results)
-    return results
 
 
 if __name__ == "__main__":

@@ -1,7 +1,5 @@
 """What every case of the scoring benchmark is given, and how several methods are timed beside one another."""
 
-import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -10,6 +8,7 @@ from typing import Any
 import numpy as np
 import timing
 import torch
+from case_runner import Notes
 from context import available_memory
 from result_table import Result
 from roofline import matrix_rate
@@ -38,7 +37,7 @@ class Sizes:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Context:
+class Context(Notes):
     """The options that all cases share, and what is made of them once."""
 
     model_config: str
@@ -51,11 +50,6 @@ class Context:
     threads: int
     seed: int
     sizes: Sizes
-    started: float = field(default_factory=time.monotonic)
-    failures: list[str] = field(default_factory=list)
-    """What gave no figure, and why: named below the tables."""
-    broken: list[str] = field(default_factory=list)
-    """Those of the failures that are our own side's: with any the exit code is 1."""
     batches: dict[tuple[str, tuple[int, int]], int] = field(default_factory=dict)
     """The best batch size of a method at prompts of certain lengths, once it is known."""
 
@@ -72,17 +66,6 @@ class Context:
     def texts(self) -> Drawer:
         """Tokenised at the first use."""
         return Drawer(self.tokenizer, self.seed)
-
-    def say(self, text: str) -> None:
-        """A line of progress on the standard error stream, with the seconds since the start."""
-        print(f"[{time.monotonic() - self.started:6.1f} s] {text}", file=sys.stderr, flush=True)
-
-    def fail(self, task: str, why: object, *, ours: bool) -> None:
-        """Notes that one side gave no figure for a task; the other figures are still to be taken."""
-        self.say(f"{task}: {why}")
-        self.failures.append(f"{task}: {why}")
-        if ours:
-            self.broken.append(task)
 
     def truth(self, texts: TextSet) -> np.ndarray | None:
         """The sums by a plain fp32 forward, float64 [replies]; None where the model itself is in fp32."""

@@ -70,6 +70,15 @@ def model_config(source: str | Path) -> Any:
         raise UserError(f"--model-config {source}: {str(error).splitlines()[0]}; give a model's folder") from error
 
 
+def with_layers(config: Any, layers: int) -> Any:
+    """The same configuration, changed in place to so many layers, of as many as it has."""
+    inner = config.get_text_config()
+    inner.num_hidden_layers = layers
+    if getattr(inner, "layer_types", None):
+        inner.layer_types = inner.layer_types[:layers]
+    return config
+
+
 def random_model(config: Any, dtype: torch.dtype, device: torch.device, seed: int) -> nn.Module:
     """A causal language model in evaluation mode, whose weights are a function of the seed on a kind of device.
 

@@ -32,7 +32,7 @@ def transient(call: Callable[[], Any], device: torch.device) -> Measured:
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
     else:
-        _give_back_freed()
+        give_back_freed()
         before = peak_resident(reset=True)
     start = time.perf_counter()
     value = call()
@@ -43,7 +43,7 @@ def transient(call: Callable[[], Any], device: torch.device) -> Measured:
     return Measured(value, seconds, after - before)
 
 
-def _give_back_freed() -> None:
+def give_back_freed() -> None:
     """Has the C library return freed memory to the system, or a call would use it again without being seen to."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:  # glibc has it, other C libraries have not
