@@ -50,10 +50,20 @@ public:
     // Key bits after which a group can hardly be cut further by this block.
     int width() const { return width_; }
 
-    // The next `bits` key bits after the first `consumed`. consumed + bits <= width, bits > 0.
-    std::size_t key(std::uint64_t value, int consumed, int bits) const {
-        return static_cast<std::size_t>((value & mask_) * multiplier_ << consumed >> (64 - bits));
-    }
+    // Some key bits of a value: `bits` after the first `consumed`. A copy of its own in a loop stays in registers, where
+    // a block might change with every fingerprint that is written.
+    struct Key {
+        std::uint64_t mask;
+        std::uint64_t multiplier;
+        int shift;
+
+        std::size_t operator()(std::uint64_t value) const {
+            return static_cast<std::size_t>((value & mask) * multiplier >> shift);
+        }
+    };
+
+    // consumed + bits <= width, bits > 0.
+    Key key(int consumed, int bits) const { return {mask_, multiplier_ << consumed, 64 - bits}; }
 
 private:
     static constexpr int kSlackBits = 2;
@@ -66,17 +76,20 @@ private:
 // Fills begins[0 .. 2^bits] with where each part starts.
 inline void count_parts(const Group& group, const Block& block, int consumed, int bits, std::uint32_t* begins) {
     const std::size_t parts = std::size_t{1} << bits;
+    const Block::Key key = block.key(consumed, bits);
     std::fill(begins, begins + parts + 1, 0u);
-    for (std::size_t i = 0; i < group.size; ++i) ++begins[block.key(group.fp[i], consumed, bits) + 1];
+    for (std::size_t i = 0; i < group.size; ++i) ++begins[key(group.fp[i]) + 1];
     for (std::size_t part = 0; part < parts; ++part) begins[part + 1] += begins[part];
 }
 
 // Moves a group part by part to `to`, which has room for it. `next` holds each part's begin, and then its end.
 inline void scatter_parts(const Group& group, const Block& block, int consumed, int bits, std::uint32_t* next,
                           const Group& to) {
+    const Block::Key key = block.key(consumed, bits);
     for (std::size_t i = 0; i < group.size; ++i) {
-        const std::uint32_t place = next[block.key(group.fp[i], consumed, bits)]++;
-        to.fp[place] = group.fp[i];
+        const std::uint64_t value = group.fp[i];
+        const std::uint32_t place = next[key(value)]++;
+        to.fp[place] = value;
         to.id[place] = group.id[i];
     }
 }
@@ -84,10 +97,11 @@ inline void scatter_parts(const Group& group, const Block& block, int consumed, 
 // The same in place, for groups too large to copy. Slower: each move waits for the one before it.
 inline void swap_parts(const Group& group, const Block& block, int consumed, int bits, const std::uint32_t* begins,
                        std::uint32_t* next) {
+    const Block::Key key = block.key(consumed, bits);
     for (std::size_t part = 0; part < std::size_t{1} << bits; ++part) {
         while (next[part] < begins[part + 1]) {
             const std::uint32_t here = next[part];
-            const std::size_t home = block.key(group.fp[here], consumed, bits);
+            const std::size_t home = key(group.fp[here]);
             const std::uint32_t there = next[home]++;
             if (home == part) continue;
             std::swap(group.fp[here], group.fp[there]);
@@ -202,6 +216,7 @@ public:
     // Each slice of the source counts, then writes to places reserved for it: no two threads write one place.
     void scatter(const Block& block, int bits, unsigned threads) {
         const std::size_t parts = std::size_t{1} << bits;
+        const Block::Key key = block.key(0, bits);
         const std::size_t slices = threads;
         const std::size_t step = (n_ + slices - 1) / slices;
         const auto slice = [&](std::size_t s, auto&& visit) {
@@ -211,7 +226,7 @@ public:
         std::vector<std::vector<std::uint32_t>> places(slices);
         parallel_for(slices, threads, 1, [&](std::size_t s, std::size_t, unsigned) {
             std::vector<std::uint32_t> counts(parts, 0);
-            slice(s, [&](std::size_t, std::uint64_t value) { ++counts[block.key(value, 0, bits)]; });
+            slice(s, [counts = counts.data(), key](std::size_t, std::uint64_t value) { ++counts[key(value)]; });
             places[s] = std::move(counts);
         });
         begins_.assign(parts + 1, 0);
@@ -225,12 +240,15 @@ public:
             if (bits > kFewParts) {
                 LineWriter writer(fp_.get(), id_.get(), std::move(places[s]));
                 slice(s, [&](std::size_t i, std::uint64_t value) {
-                    writer.write(block.key(value, 0, bits), value, static_cast<std::uint32_t>(i));
+                    writer.write(key(value), value, static_cast<std::uint32_t>(i));
                 });
                 writer.finish();
             } else {
-                slice(s, [&, fp = fp_.get(), id = id_.get()](std::size_t i, std::uint64_t value) {
-                    const std::uint32_t place = places[s][block.key(value, 0, bits)]++;
+                slice(s, [key, next = places[s].data(), fp = fp_.get(), id = id_.get()](std::size_t i, std::uint64_t value) {
+                    const std::uint32_t place = next[key(value)]++;
+                    // The next line of this part, which by the time it is written to will have come.
+                    __builtin_prefetch(fp + place + 8, 1);
+                    __builtin_prefetch(id + place + 16, 1);
                     fp[place] = value;
                     id[place] = static_cast<std::uint32_t>(i);
                 });

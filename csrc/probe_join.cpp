@@ -40,7 +40,7 @@ __attribute__((always_inline)) inline void probe_with(AnyInWindow any, Which whi
                                                       std::vector<std::uint64_t>& hits) {
     std::uint32_t found[kWindow];
     for (std::size_t i = 0; i < n; ++i) {
-        const std::size_t key = table.block.key(values[i], 0, table.bits);
+        const std::size_t key = table.block.key(0, table.bits)(values[i]);
         const std::size_t end = table.begins[key + 1];
         std::size_t from = table.begins[key];
         do {
@@ -104,14 +104,14 @@ public:
     ProbeTable(const std::uint64_t* few, std::size_t n, const Block& block) : block_(block), fp_(n + kWindow), id_(n) {
         while (bits_ < std::min(block.width(), kMostBits) && (n >> bits_) > 4) ++bits_;
         begins_.assign((std::size_t{1} << bits_) + 1, 0);
-        for (std::size_t i = 0; i < n; ++i) ++begins_[block_.key(few[i], 0, bits_) + 1];
+        for (std::size_t i = 0; i < n; ++i) ++begins_[block_.key(0, bits_)(few[i]) + 1];
         for (std::size_t part = 1; part < begins_.size(); ++part) {
             meetings_ += static_cast<double>(begins_[part]) * begins_[part] / static_cast<double>(n);
             begins_[part] += begins_[part - 1];
         }
         std::vector<std::uint32_t> next(begins_.begin(), begins_.end() - 1);
         for (std::size_t i = 0; i < n; ++i) {
-            const std::uint32_t place = next[block_.key(few[i], 0, bits_)]++;
+            const std::uint32_t place = next[block_.key(0, bits_)(few[i])]++;
             fp_[place] = few[i];
             id_[place] = static_cast<std::uint32_t>(i);
         }
@@ -132,10 +132,10 @@ public:
     Group in_order(const std::uint64_t* many, std::size_t begin, std::size_t end, const Group& to) const {
         const int bits = std::min(bits_, kSliceBits);
         std::vector<std::uint32_t> next((std::size_t{1} << bits) + 1, 0);
-        for (std::size_t i = begin; i < end; ++i) ++next[block_.key(many[i], 0, bits) + 1];
+        for (std::size_t i = begin; i < end; ++i) ++next[block_.key(0, bits)(many[i]) + 1];
         std::partial_sum(next.begin(), next.end(), next.begin());
         for (std::size_t i = begin; i < end; ++i) {
-            const std::uint32_t place = next[block_.key(many[i], 0, bits)]++;
+            const std::uint32_t place = next[block_.key(0, bits)(many[i])]++;
             to.fp[place] = many[i];
             to.id[place] = static_cast<std::uint32_t>(i);
         }
