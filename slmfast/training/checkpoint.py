@@ -39,7 +39,7 @@ def save(folder: Path, model: nn.Module, optimizer: Any, scheduler: Any, write_s
             (tensors if isinstance(value, Tensor) else values)[f"{number}.{key}"] = value
     with atomic_path(folder) as temporary:
         temporary.mkdir()
-        _write(temporary / WEIGHTS, dict(model.named_parameters()))
+        _write(temporary / WEIGHTS, _trained(model))
         _write(temporary / OPTIMIZER_TENSORS, tensors)
         write_json(temporary / OPTIMIZER_VALUES, {"values": values, "param_groups": state["param_groups"]})
         write_json(temporary / SCHEDULER, scheduler.state_dict())
@@ -59,8 +59,13 @@ def _flat(entry: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 def load_weights(folder: Path, model: nn.Module) -> None:
     """Copies a checkpoint's weights into the model's own memory."""
     with safe_open(folder / WEIGHTS, framework="pt") as file, torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in _trained(model).items():
             parameter.copy_(file.get_tensor(name))
+
+
+def _trained(model: nn.Module) -> dict[str, Tensor]:
+    """What training changes: with LoRA the adapters alone, else all parameters."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def load_optimizer(folder: Path, optimizer: Any, scheduler: Any) -> None:

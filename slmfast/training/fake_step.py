@@ -6,7 +6,7 @@ for themselves is not seen: a plan leaves room for it.
 """
 
 import gc
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
+    FakeTensor,
     FakeTensorMode,
     UnsupportedOperatorException,
     unset_fake_temporarily,
@@ -27,6 +28,7 @@ from transformers.initialization import no_init_weights
 from slmfast.errors import UserError
 from slmfast.kernels.dynamic_codes import BLOCK
 from slmfast.training.data import TokenSet
+from slmfast.training.extras import add_adapters
 from slmfast.training.kto import KtoObjective
 from slmfast.training.live_bytes import LiveBytes
 from slmfast.training.optimizer import is_too_coarse, make_optimizer
@@ -67,13 +69,16 @@ class FakeRun:
         Unplannable: the model's code asks for values.
     """
 
-    def __init__(self, config: Any, settings: TrainSettings, coarse: Mapping[str, int], frozen: Iterable[str] = ()):
+    def __init__(self, config: Any, settings: TrainSettings, coarse: Mapping[str, int], frozen: Collection[str] = ()):
         self._settings, self._mode = settings, FakeTensorMode(allow_non_fake_inputs=True)
         self._live = LiveBytes()
         with self._inside():
             self.model = fake_model(config).eval()
+            if settings.lora_rank:
+                add_fake_adapters(self.model, settings)
             for name, parameter in self.model.named_parameters():
-                parameter.requires_grad_(name not in set(frozen))
+                if name in frozen:
+                    parameter.requires_grad_(False)
             self._masters = split_weights(self.model, settings.forward) if settings.splits_weights else None
             self._optimizer = self._make_optimizer()
             self._trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -159,6 +164,16 @@ def fake_model(config: Any) -> nn.Module:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
     model.tie_weights()
     return model
+
+
+def add_fake_adapters(model: nn.Module, settings: TrainSettings) -> None:
+    """Puts LoRA adapters without values on a model without values; to be called under a FakeTensorMode."""
+    with unset_fake_temporarily():  # peft moves what it makes, which fake tensors don't stand
+        add_adapters(model, settings)
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if not isinstance(parameter, FakeTensor):
+                setattr(module, name, nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype)))
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from slmfast.progress import Progress
 from slmfast.store import atomic_path, digest, model_digest
 from slmfast.training.checkpoint import load_tensors
 from slmfast.training.data import TokenSet, longest_sequence, rotated
+from slmfast.training.extras import add_extras
 from slmfast.training.kto_loss import reference_points, sample_losses
 from slmfast.training.passes import Pair, Passes, numbers, split_weights
 from slmfast.training.run import Run, Setup, load_model, train
@@ -165,7 +166,7 @@ def _reference(made: KtoObjective, run: Run, policy: nn.Module, held: Path, setu
     """The reference's log-probabilities, from the work folder where an earlier start left them."""
     path = run.work_folder / f"reference-{digest([run.fingerprint, model_digest(held)])}.safetensors"
     if not path.exists():
-        model = policy if held.resolve() == run.model.resolve() else _load_reference(held, policy, setup.passes)
+        model = policy if held.resolve() == run.model.resolve() else _load_reference(held, policy, run, setup.passes)
         steps = [setup.order[step].tolist() for step in range(setup.order.steps_per_epoch)]
         values = setup.budget.run(
             step=0,
@@ -180,9 +181,11 @@ def _reference(made: KtoObjective, run: Run, policy: nn.Module, held: Path, setu
     return load_tensors(path)["logprobs"]
 
 
-def _load_reference(held: Path, policy: nn.Module, passes: Passes) -> nn.Module:
-    """A reference other than the starting model, its weights split if the policy's are."""
-    model = load_model(held).to(passes.device)
+def _load_reference(held: Path, policy: nn.Module, run: Run, passes: Passes) -> nn.Module:
+    """A reference other than the starting model, which runs as the policy does: split, adapted, or neither."""
+    model = load_model(held)
+    add_extras(model, run.settings, run.seed)
+    model.to(passes.device)
     if masters_of(policy) is not None:
         split_weights(model, passes.forward)
     return model

@@ -125,7 +125,7 @@ class _Source:
         self.has_weights = self._model is not None or any((self._folder / name).is_file() for name in (SINGLE, INDEX))
 
     def run(self, settings: TrainSettings, warmup_steps: int) -> FakeRun:
-        frozen = [] if self._model is None else [n for n, p in self._model.named_parameters() if not p.requires_grad]
+        frozen = set() if self._model is None else {n for n, p in self._model.named_parameters() if not p.requires_grad}
         return FakeRun(self.config, settings, self._coarse(settings, warmup_steps), frozen)
 
     def _coarse(self, settings: TrainSettings, warmup_steps: int) -> dict[str, int]:
@@ -238,8 +238,9 @@ def _changes(told: TrainSettings, longest: int) -> Iterable[dict[str, Any]]:
         if len(free) > 1:
             yield dict(free)
     best = dict(free)
-    optimizers = [{"optimizer": "adamw8bit"}, {"optimizer": "adamw8bit-split"}]
-    optimizers += [{"optimizer": "adamw8bit-split", "forward": "bf16"}]
+    optimizers = [{"optimizer": "adamw8bit"}]
+    if not told.lora_rank:
+        optimizers += [{"optimizer": "adamw8bit-split"}, {"optimizer": "adamw8bit-split", "forward": "bf16"}]
     for lighter in optimizers:
         lighter = {key: value for key, value in lighter.items() if getattr(told, key) != value}
         possible = not (told.forward == "split" and lighter.get("optimizer") == "adamw8bit")

@@ -24,6 +24,7 @@ from slmfast.store import atomic_path, digest, model_digest, read_json, remove, 
 from slmfast.training import checkpoint
 from slmfast.training.budgeted import enforced, fitted
 from slmfast.training.data import StepOrder, TokenSet, dataset_digest, load_tokens, longest_sequence, make_groups
+from slmfast.training.extras import add_extras, check_extras, merge_adapters
 from slmfast.training.forward_sees import report_update
 from slmfast.training.optimizer import make_optimizer, rate_factor
 from slmfast.training.pack_budget import PackBudget, usual_budget
@@ -82,6 +83,7 @@ def train(run: Run, method: str, make_objective: MakeObjective, inputs: dict[str
         raise UserError(f"method is {settings.method!r} in the settings of train_{method}: set it to {method!r}")
     _check_seed(run)
     _check_report(settings)
+    check_extras(settings)
     check_model_folder(run.model)
     check_output(run.output, CARD, [run.model, run.dataset])
     with _threads(run.threads), _quiet_transformers(), _full_disk_named(run), enforced(settings.budget):
@@ -92,6 +94,7 @@ def train(run: Run, method: str, make_objective: MakeObjective, inputs: dict[str
             return run.output
         model = load_model(run.model)
         _check_names(run.model, model)
+        add_extras(model, settings, run.seed)
         _prepare_work(run)
         # A model is never trained beyond the positions it knows, whatever max_length allows.
         settings = replace(settings, max_length=min(settings.max_length, _positions(run.model, settings)))
@@ -284,6 +287,7 @@ def _export(
     run: Run, model: nn.Module, masters: SplitWeights | None, setup: Setup, history: list[dict[str, float]]
 ) -> None:
     """Writes the complete model folder: fp32 weights, config, tokenizer, card and log."""
+    merge_adapters(model)
     parameters = dict(sorted(model.named_parameters()))
     card = {
         "method": run.settings.method,

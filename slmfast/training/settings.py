@@ -91,6 +91,16 @@ class TrainSettings:
     """The memory of the device that the run may take, such as "24GiB". Packs and checkpointing are planned for it where
     they are left open, and a run that can't fit is refused before it starts."""
 
+    lora_rank: int = 0
+    """The rank of LoRA adapters, through peft, on every linear layer but the LM head; they alone are trained, at rates
+    far above the paper's, and merged into the model that is saved. 0: all weights are trained."""
+
+    lora_alpha: float | None = None
+    """LoRA's scale: an update counts lora_alpha / lora_rank times; by default twice the rank."""
+
+    liger: bool = False
+    """Whether norms, rotations and gated MLPs are Liger Kernel's, on CUDA, where it is installed."""
+
     report_to: str = "none"
     """Where transformers' Trainer also reports to: "tensorboard" (below `runs/` in the work folder, or where the
     environment variable TENSORBOARD_LOGGING_DIR says), "wandb" or "none"."""
@@ -117,6 +127,17 @@ class TrainSettings:
             _check("pack_tokens", self.pack_tokens, whole, "set it to a whole number of at least 1, or leave it out")
         if self.budget is not None:
             parse_bytes(self.budget)
+        rank = self.lora_rank
+        _check("lora_rank", rank, _is_integer(rank) and rank >= 0, "set it to a whole number, 0 for no LoRA")
+        if self.lora_alpha is not None:
+            above = _is_number(self.lora_alpha, above=0.0)
+            _check("lora_alpha", self.lora_alpha, above, "set it to a number above 0, or leave it out")
+        _check("liger", self.liger, isinstance(self.liger, bool), "set it to on or off")
+        if self.lora_rank and self.splits_weights:
+            raise UserError(
+                f"lora_rank is {rank}, but adamw8bit-split keeps the weights it trains in two halves, and LoRA trains "
+                "none of them: set optimizer to adamw or adamw8bit"
+            )
         for key in ("learning_rate", "beta"):
             _check(key, getattr(self, key), _is_number(getattr(self, key), above=0.0), "set it to a number above 0")
         for key in ("desirable_weight", "undesirable_weight", "clip"):
