@@ -105,7 +105,12 @@ def _dedup_recipe(arguments: Namespace) -> Recipe:
     if arguments.no_verify:
         values["verify"] = None
     recipe = _settings(arguments)
-    recipe = dataclasses.replace(recipe, dedup=dataclasses.replace(recipe.dedup, **values))
+    for name, value in values.items():
+        try:
+            recipe = dataclasses.replace(recipe, dedup=dataclasses.replace(recipe.dedup, **{name: value}))
+        except UserError as error:  # a section of a recipe names its own keys
+            remedy = str(error).removeprefix(f"recipe key dedup.{name}: ").replace("or null", "or --no-verify")
+            raise UserError(f"--{name} is {value}: {remedy}") from error
     return recipe if arguments.threads is None else dataclasses.replace(recipe, threads=arguments.threads or None)
 
 

@@ -19,7 +19,7 @@ import pyarrow.json
 
 from slmfast.errors import UserError
 from slmfast.readers.json_stream import MAX_VALUE_BYTES, Broken, RawDecoder, read_array
-from slmfast.table_schema import CommonSchema, conform, holds_floats, with_leaves
+from slmfast.table_schema import CommonSchema, columns_to_take, conform, holds_floats, with_leaves
 
 BLOCK_BYTES = 4 << 20
 MAX_DEPTH = 100  # of objects and lists in one another; of tens of thousands Arrow would crash
@@ -69,8 +69,8 @@ class JsonTable:
             self._types.add(self.path, schema, complete=False)
             yield schema, table.column(column).combine_chunks()
         if not (found or empty):
-            others = ", ".join(name for name in names if name != column) or "nothing else"
-            raise UserError(f"{self.path} has no column {column}: --column takes one of {others}")
+            others = columns_to_take(name for name in names if name != column)
+            raise UserError(f"{self.path} has no column {column}: {others}")
 
     def rows(self, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
         """All rows under a schema, in blocks. See table_files.TableFile."""

@@ -22,7 +22,7 @@ from slmfast.errors import UserError
 from slmfast.json_tables import JsonTable
 from slmfast.readers.json_stream import MAX_VALUE_BYTES
 from slmfast.store import ROWS_PER_GROUP
-from slmfast.table_schema import conform, plain_schema
+from slmfast.table_schema import columns_to_take, conform, plain_schema
 
 BATCH_BYTES = 2 << 20  # of rows held at once, as far as a file tells how large they are
 _READ_BYTES = 1 << 20
@@ -264,11 +264,11 @@ def _legible(path: Path, kind: str) -> Iterator[None]:
 
 def _text_type(path: Path, schema: pa.Schema, column: str) -> pa.DataType:
     if column not in schema.names:
-        raise UserError(f"{path} has no column {column}: --column takes one of {', '.join(schema.names)}")
+        raise UserError(f"{path} has no column {column}: {columns_to_take(schema.names)}")
     kind = schema.field(column).type
     if kind not in _TEXTS:
-        texts = ", ".join(field.name for field in schema if field.type in _TEXTS) or "none, it has no texts"
-        raise UserError(f"{path}, column {column}: holds {kind}, no texts: --column takes one of {texts}")
+        texts = [field.name for field in schema if field.type in _TEXTS]
+        raise UserError(f"{path}, column {column}: holds {kind}, no texts: {columns_to_take(texts)}")
     return kind
 
 

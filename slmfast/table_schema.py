@@ -1,6 +1,6 @@
 """One schema for the rows of many files: each column of a type that holds every file's values without loss."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pyarrow as pa
@@ -136,3 +136,9 @@ def _is_text(kind: pa.DataType) -> bool:
 
 def _is_bytes(kind: pa.DataType) -> bool:
     return kind in (pa.binary(), pa.large_binary()) or pa.types.is_fixed_size_binary(kind)
+
+
+def columns_to_take(names: Iterable[str]) -> str:
+    """What to do instead of naming a column that isn't there."""
+    known = ", ".join(names)
+    return f"--column takes one of {known}" if known else "it has no column of texts, so leave the file out"

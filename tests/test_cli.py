@@ -39,6 +39,8 @@ def outcome(capsys, *arguments):
         (["dedup", "t.csv", "--column", "text", "-o", "out", "--threads", "-1"], "recipe key threads"),
         (["dedup", "t.csv", "--column", "text", "-o", "out", "--verify", "nan"], "give a share from 0 to 1"),
         (["dedup", "t.csv", "--column", "a", "-o", "out", "--verify", "0.5", "--no-verify"], "give one of them"),
+        (["dedup", "t.csv", "--column", "a", "-o", "out", "--k", "9"], "--k is 9: give a distance from 0 to 8"),
+        (["dedup", "t.csv", "--column", "a", "-o", "out", "--verify", "2"], "give a share from 0 to 1, or --no-verify"),
         (["fuse", "S1", "-o", "out"], "write MODEL=WEIGHT"),
         (["fuse", "S1=half", "-o", "out"], "the weight is not a number"),
         (["fuse", "nowhere=1", "-o", "out"], "nowhere"),

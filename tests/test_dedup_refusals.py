@@ -129,6 +129,7 @@ def test_a_broken_file_is_one_line_that_names_it(name, capsys, tmp_path, monkeyp
             ]
         ),
         ([{"text": [5], "s": ["a"]}], "0.parquet, column text: holds int64, no texts: --column takes one of s"),
+        ([{"text": [5]}], "holds int64, no texts: it has no column of texts, so leave the file out"),
         (
             [{"text": pa.array([b"fine", b"a", b"\xff"], pa.binary()).view(pa.string())}],
             "0.parquet, row 2, column text: not UTF-8",
