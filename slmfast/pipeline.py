@@ -78,7 +78,8 @@ def check_later_stages(recipe: Recipe, run_dir: Path) -> None:
     for role in ("base", "large", "small", "judge"):
         resolve_model(recipe, role, run_dir)
     raw_is_ours = recipe.world is not None  # and not written yet
-    for name in ("categorize", "evaluate") if raw_is_ours else ("collect", "categorize", "evaluate"):
+    own = ("categorize", "evaluate")
+    for name in own if raw_is_ours else ("collect", "align", *own):
         stage_module(name).files(make_job(name, recipe, run_dir))
 
 

@@ -36,6 +36,7 @@ STAGES = (
     "report",
 )
 TRAINED = ("S1", "S2", "S3")
+CONTAMINATION = ("report", "remove", "skip")
 
 
 def _require(condition: bool, key: str, remedy: str) -> None:
@@ -162,11 +163,14 @@ class Align:
     positives_per_negative: float = 2.0
     max_reply_tokens: int | None = None  # a longer reply never wins
     outlier_fences: float = 3.0  # a reply that many quartile ranges above the third quartile of bits a token never wins
+    benchmarks: dict[str, str | list[str]] = field(default_factory=dict)  # files or globs of each one's items, by name
+    contamination: str = "report"  # records that hold items of the benchmarks: report, remove, or skip the check
 
     def __post_init__(self) -> None:
         _require(self.sft_size > 0, "align.sft_size", "give a positive number")
         _require(self.positives_per_negative > 0, "align.positives_per_negative", "give a positive number")
         _require(self.outlier_fences > 0, "align.outlier_fences", "give a positive number")
+        _require(self.contamination in CONTAMINATION, "align.contamination", f"use {', '.join(CONTAMINATION)}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ import subprocess
 import pyarrow as pa
 import pytest
 
+from slmfast.contamination import CONTAMINATION_SCHEMA
 from slmfast.job import Job
 from slmfast.recipe import load_recipe
 from slmfast.records import DROPPED_SCHEMA, RECORD_SCHEMA, REJECTED_SCHEMA
@@ -47,6 +48,10 @@ NOTES = {
         "with_best": 301,
         "with_worst": 199,
         "max_bits_per_token": 7.25,
+        "contamination": {
+            "mode": "report",
+            "benchmarks": {"gsm8k": {"items": 1319, "records": 2, "exact": 1, "in_sets": 1}},
+        },
     },
 }
 MODELS = ("base", "S1", "S2", "S3", "fused")
@@ -97,6 +102,10 @@ def make_job(root, *, note=NOTE, items=True, stages=tuple(COUNTS), override=()) 
         REJECTED_SCHEMA,
         [bad] * 34 + [bad | {"reason": f"broken at column {c}"} for c in (1, 27)],
     )
+    if "align" in stages:
+        hit = {"part": "prompt", "benchmark": "gsm8k", "item": "test.jsonl:7", "how": "x", "in_sets": True}
+        hits = [hit | {"id": f"{n:032x}", "share": n / 2, "passage": HOSTILE} for n in (1, 2)]
+        write_rows(root / "align" / "contamination", CONTAMINATION_SCHEMA, hits)
     write_models(root, items)
     inputs = {stage: root / stage for stage in report.INPUTS}
     return Job(stage="report", recipe=recipe, run_dir=root, folder=root / "report", inputs=inputs)
@@ -217,6 +226,14 @@ def test_ratings_by_origin(page):
     winners = page.table("Whose replies")
     assert winners["large"][:2] == ["4", "100.0 %"]
     assert winners["original"][2:] == ["2", "100.0 %"]
+
+
+def test_contamination_names_what_was_not_checked(page):
+    found = page.table("Records that hold items")
+    assert found["gsm8k"] == ["yes", "1,319", "2", "1", "1"]
+    assert [found[name][0] for name in ("mmlu", "cmmlu", "ceval", "humaneval")] == ["not checked"] * 4
+    examples = next(t for t in page.tables if t["caption"].startswith("The 2 findings that hold most"))["rows"]
+    assert [row[-1] for row in examples[1:]] == ["100.0 %", "50.0 %"]
 
 
 def test_scores_stand_with_their_errors(page):

@@ -4,6 +4,7 @@ run_folder.py           what the finished stages left behind, read leniently
 document.py             sections made of texts, tables, plots and examples, and how figures are written
 data_section.py         the stages' balance, where rows went, shares by source, language and category, labels
 reply_section.py        ratings by origin, the sets, examples to read
+contamination_section.py   records that hold items of the benchmarks
 training_section.py     loss curves, rewards, fusion weights
 score_section.py        scores with standard errors, differences to the base model
 scoreboard.py           the stages measured against the miniature's ground truth

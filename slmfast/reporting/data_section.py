@@ -47,7 +47,7 @@ def _reasons(run: RunFolder) -> list[Block]:
     rows = []
     for stage in run.stages:
         for table in ("rejected", "dropped"):
-            reasons = _without_places(run.count_by(stage, "reason", table), table)
+            reasons = _without_places(run.count_by(stage, "reason", table))
             total = sum(reasons.values())
             for reason, count in _ranked(reasons)[:REASONS]:
                 rows.append([stage, table, shortened(reason, 200), whole(count), percent(count, total)])
@@ -61,10 +61,8 @@ def _reasons(run: RunFolder) -> list[Block]:
     return [Table("Why rows went, with their share of the stage's dropped or rejected rows", header, rows, 3)]
 
 
-def _without_places(reasons: Counter[str], table: str) -> Counter[str]:
-    """Reasons of rejection that differ only in where in a line the fault stands are one; the table has the places."""
-    if table != "rejected":
-        return reasons
+def _without_places(reasons: Counter[str]) -> Counter[str]:
+    """Reasons that differ only in where a fault stands are one; the tables have the places."""
     merged: Counter[str] = Counter()
     for reason, count in reasons.items():
         merged[_PLACE.sub(r"\1 …", reason)] += count
