@@ -51,7 +51,8 @@ def _skip_line(stream: BinaryIO, max_bytes: int) -> None:
 
 def _decode_line(line: bytes) -> Any:
     try:
-        return _DECODER.decode(line.decode("utf-8"))
+        # Without its line end, after which a fault at the end of the line would stand in column 1.
+        return _DECODER.decode(line.rstrip(b"\r\n").decode("utf-8"))
     except UnicodeDecodeError as error:
         return Malformed(f"not UTF-8 at byte {error.start + 1} of the line")
     except json.JSONDecodeError as error:

@@ -1,8 +1,8 @@
 """What became of the raw data: the balance of every stage, who went and why, and how the mixture changed."""
 
-import re
 from collections import Counter
 
+from slmfast.readers import without_places
 from slmfast.recipe import STAGES
 from slmfast.reporting import plots
 from slmfast.reporting.document import (
@@ -21,7 +21,6 @@ from slmfast.reporting.run_folder import RunFolder
 
 TOP = 20  # rows of the tables that could be long
 REASONS = 40
-_PLACE = re.compile(r"\b(column|character|line|byte|position|turn|round) \d+")
 LANGUAGES = {"zh": "Chinese", "en": "English", "other": "other"}
 
 
@@ -65,7 +64,7 @@ def _without_places(reasons: Counter[str]) -> Counter[str]:
     """Reasons that differ only in where a fault stands are one; the tables have the places."""
     merged: Counter[str] = Counter()
     for reason, count in reasons.items():
-        merged[_PLACE.sub(r"\1 …", reason)] += count
+        merged[without_places(reason)] += count
     return merged
 
 
