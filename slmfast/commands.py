@@ -168,6 +168,7 @@ def _run_alone(arguments: Namespace, recipe: Recipe, stage: str, inputs: dict[st
         for role in pipeline.stage_module(stage).MODELS:
             print(f"{stage}: the {role} model is {job.model(role)} (models.{role})")
         pipeline.run_stage(job)
+    pipeline.accompany(job)
 
 
 def train(arguments: Namespace) -> None:

@@ -66,6 +66,7 @@ def run(recipe: Recipe, run_dir: Path, last: str | None = None) -> dict[str, Any
             else:
                 (run_dir / SUMMARY).unlink(missing_ok=True)
                 run_stage(job)
+            accompany(job)
         if last in (None, STAGES[-1]):
             summary = summarize(recipe, run_dir)
             write_json(run_dir / SUMMARY, summary)
@@ -203,6 +204,13 @@ def run_stage(job: Job) -> None:
     )
     remove(job.folder / WORK)
     print(f"{job.stage}: {describe(counts)} in {seconds:.1f} s", flush=True)
+
+
+def accompany(job: Job) -> None:
+    """Brings up to date what a finished stage keeps beside its outputs, if anything."""
+    module = stage_module(job.stage)
+    if hasattr(module, "accompany"):
+        module.accompany(job)
 
 
 def describe(counts: Counts) -> str:

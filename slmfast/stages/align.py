@@ -53,6 +53,16 @@ def files(job: Job) -> dict[str, list[str]]:
     return {name: [file_digest(path) for path in paths] for name, paths in _benchmarks(job).items()}
 
 
+def accompany(job: Job) -> None:
+    """Writes the data card beside the sets, from what this stage and those before it have left."""
+    from slmfast.reporting.data_card import DATA_STAGES, write_data_card
+    from slmfast.reporting.run_folder import RunFolder
+
+    earlier = job.inputs["rate"].parent
+    folders = {stage: earlier / stage for stage in DATA_STAGES} | job.inputs | {"align": job.folder}
+    write_data_card(RunFolder(job.run_dir, job.recipe, folders))
+
+
 def run(job: Job) -> Counts:
     """Writes the sets, and accounts for every instruction that gives none of their rows."""
     source = job.input("rate")
