@@ -165,7 +165,7 @@ def _run_alone(arguments: Namespace, recipe: Recipe, stage: str, inputs: dict[st
     if pipeline.is_up_to_date(job):
         print(f"{stage}: up to date")
     else:
-        for role in pipeline.stage_module(stage).MODELS:
+        for role in pipeline.model_roles(job):
             print(f"{stage}: the {role} model is {job.model(role)} (models.{role})")
         pipeline.run_stage(job)
     pipeline.accompany(job)

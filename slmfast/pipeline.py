@@ -123,10 +123,16 @@ def make_job(name: str, recipe: Recipe, run_dir: Path) -> Job:
     return Job(stage=name, recipe=recipe, run_dir=run_dir, folder=run_dir / name, inputs=inputs)
 
 
+def model_roles(job: Job) -> tuple[str, ...]:
+    """The roles of the models that a stage uses: its MODELS, or where that depends on its settings models(job)."""
+    module = stage_module(job.stage)
+    return module.models(job) if hasattr(module, "models") else module.MODELS
+
+
 def job_key(job: Job) -> str:
     """A hash of everything that a stage's outputs depend on."""
     module = stage_module(job.stage)
-    models = {role: model_digest(Path(job.model(role))) for role in module.MODELS}
+    models = {role: model_digest(Path(job.model(role))) for role in model_roles(job)}
     return digest(
         {
             "stage": job.stage,
@@ -134,7 +140,7 @@ def job_key(job: Job) -> str:
             "settings": dataclasses.asdict(job.settings),
             "seed": job.recipe.seed,
             "models": models,
-            "engine": job.recipe.models.engine if module.MODELS else None,
+            "engine": job.recipe.models.engine if models else None,
             "inputs": _input_digests(job),
             "files": module.files(job) if hasattr(module, "files") else None,
         }

@@ -125,10 +125,16 @@ class Classify:
 class Diversify:
     target: int = 500_000  # records to keep
     min_label_count: int = 10  # labels with fewer records go
+    audit: int | None = None  # records of each label that the judge is asked about; no audit unless given
+    audit_threshold: float = 0.5  # a label goes where the judge finds a smaller share of them right
 
     def __post_init__(self) -> None:
         _require(self.target > 0, "diversify.target", "give a positive number")
         _require(self.min_label_count >= 0, "diversify.min_label_count", "give zero or more")
+        _require(
+            self.audit is None or self.audit > 0, "diversify.audit", "give a positive number, or null for no audit"
+        )
+        _require(0 <= self.audit_threshold <= 1, "diversify.audit_threshold", "give a share from 0 to 1")
 
 
 @dataclass(frozen=True, kw_only=True)

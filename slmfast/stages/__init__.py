@@ -4,6 +4,6 @@ collect · categorize · dedup · classify · diversify · regenerate · rate ·
 
 A stage is a module with INPUTS (the stages whose folders it reads), MODELS (the model roles it uses) and
 `run(job) -> Counts`. It reads shards, calls one room of the library, and writes shards. No stage imports another. Where
-it has them, `files(job)` gives the digests of what it reads besides, and `accompany(job)` brings up to date what it
-keeps beside its outputs.
+it has them, `models(job)` stands for MODELS where settings decide, `files(job)` gives the digests of what it reads
+besides, and `accompany(job)` brings up to date what it keeps beside its outputs.
 """
