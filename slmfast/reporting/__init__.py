@@ -2,8 +2,10 @@
 
 run_folder.py           what the finished stages left behind, read leniently
 document.py             sections made of texts, tables, plots and examples, and how figures are written
-data_section.py         the stages' balance, where rows went, shares by source, language and category, labels
+data_section.py         the stages' balance, where rows went, shares by source, language and category
+label_section.py        labels: balance, tree, audit, agreement with the rule categories
 reply_section.py        ratings by origin, the sets, examples to read
+distributions.py        how perplexities and ratings spread, and who wins in which language
 contamination_section.py   records that hold items of the benchmarks
 training_section.py     loss curves, rewards, fusion weights
 score_section.py        scores with standard errors, differences to the base model

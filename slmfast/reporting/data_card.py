@@ -12,14 +12,25 @@ import yaml
 from slmfast import __version__
 from slmfast.contamination import BENCHMARKS, GRAM
 from slmfast.recipe import STAGES, dump_recipe
-from slmfast.reporting.document import NOTHING, Block, Code, Document, Section, Table, Text, decimal, percent, whole
+from slmfast.reporting.document import (
+    LANGUAGES,
+    NOTHING,
+    Block,
+    Code,
+    Document,
+    Section,
+    Table,
+    Text,
+    decimal,
+    percent,
+    whole,
+)
 from slmfast.reporting.markdown_page import render_markdown
 from slmfast.reporting.run_folder import RunFolder
 from slmfast.store import DATA_CARD, atomic_path, digest
 
 DATA_STAGES = STAGES[: STAGES.index("align") + 1]
 SETTINGS = ("name", "seed", "threads", "world", "models", *DATA_STAGES)
-LANGUAGES = {"zh": "Chinese", "en": "English", "other": "other"}
 _MARK = "<!-- facts "  # the last line begins so: a digest of all that the card was made from
 
 
