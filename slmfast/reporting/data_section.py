@@ -100,13 +100,13 @@ def _matching(run: RunFolder) -> list[Block]:
     pairs = ("source", "language")
     found = {
         "collected": run.count_by_pair("collect", pairs),
-        "in the SFT set": run.count_by_pair("align", pairs, where="in_sft"),
+        "SFT": run.count_by_pair("align", pairs, where="in_sft"),
     }
     found = {name: counts for name, counts in found.items() if counts}
     if not found:
         return []
     sources = [value for value, _ in _ranked(run.count_by("collect", "source"))][:TOP]
-    header = ["source", *(f"{words}, {name}" for name in found for words in LANGUAGES.values())]
+    header = ["source", *(f"{name}: {words}" for name in found for words in LANGUAGES.values())]
     rows = [[s, *(whole(counts[s, code]) for counts in found.values() for code in LANGUAGES)] for s in sources]
     blocks: list[Block] = [Table("Data matching: instructions by source and language", header, rows)]
     for name, counts in found.items():

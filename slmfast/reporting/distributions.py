@@ -25,9 +25,11 @@ def spread_blocks(groups: Mapping[str, pa.Table]) -> list[Block]:
     if len(every):
         end = max(float(np.quantile(every, CLIPPED)), 1e-9)
         edges = np.linspace(min(0.0, float(every.min())), end, BINS + 1)
-        lines = {o: _histogram(values, edges) for o, values in bits.items() if len(values)}
-        words = f"bits a token of a reply (the log of its perplexity); {percent(1 - CLIPPED)} of them lie further right"
-        caption = f"Perplexity by origin of the reply: {words}"
+        lines = {o: _cumulated(values, edges) for o, values in bits.items() if len(values)}
+        caption = (
+            "How many replies have at most so many bits a token, the binary logarithm of the perplexity "
+            f"({percent(1 - CLIPPED)} of them lie further right)"
+        )
         blocks.append(Plot(caption, plots.curves(lines, "bits a token", "% of replies")))
     rows = []
     for origin, group in groups.items():
@@ -38,10 +40,10 @@ def spread_blocks(groups: Mapping[str, pa.Table]) -> list[Block]:
     return [*blocks, Table("Safety by origin of the reply", header, rows)]
 
 
-def _histogram(values: np.ndarray, edges: np.ndarray) -> tuple[list[float], list[float]]:
-    """(middle of each bin, share of all values in it in per cent)."""
-    counts, _ = np.histogram(values, edges)
-    return ((edges[1:] + edges[:-1]) / 2).tolist(), (100 * counts / len(values)).tolist()
+def _cumulated(values: np.ndarray, edges: np.ndarray) -> tuple[list[float], list[float]]:
+    """(the edges, the share of all values at or below each in per cent)."""
+    below = np.searchsorted(np.sort(values), edges, side="right")
+    return edges.tolist(), (100 * below / len(values)).tolist()
 
 
 def win_blocks(run: RunFolder, origins: Sequence[str]) -> list[Block]:
@@ -52,19 +54,17 @@ def win_blocks(run: RunFolder, origins: Sequence[str]) -> list[Block]:
     rows = []
     for code, words in LANGUAGES.items():
         totals = [sum(counts[code, origin] for origin in origins) for counts in (best, worst)]
-        if any(totals):
-            shares = [
-                percent(c[code, o], total) for c, total in zip((best, worst), totals, strict=True) for o in origins
-            ]
-            rows.append([words, *map(whole, totals), *shares])
-    header = ["language", "best", "worst", *(f"{name}: {o}" for name in ("best", "worst") for o in origins)]
+        for origin in origins if any(totals) else ():
+            cells = [(counts[code, origin], total) for counts, total in zip((best, worst), totals, strict=True)]
+            rows.append([words, origin, *(text for count, of in cells for text in (whole(count), percent(count, of)))])
+    header = ["language", "replies", "best, in the SFT set", "share", "worst, KTO negatives", "share"]
     bars = {
         name: [100 * sum(c[code, o] for code in LANGUAGES) / max(1, c.total()) for o in origins]
         for name, c in (("best, in the SFT set", best), ("worst, KTO negatives", worst))
     }
     return [
         Plot("Who wins and who loses", plots.bars(origins, bars, "% of the best, % of the worst")),
-        Table("Who wins and who loses, by language", header, rows),
+        Table("Who wins and who loses, by language", header, rows, 2),
     ]
 
 
