@@ -118,7 +118,7 @@ def test_the_check_can_be_skipped(folder):
 
 
 def test_a_missing_benchmark_is_named(folder):
-    with pytest.raises(UserError, match=r"nowhere\.jsonl"):
+    with pytest.raises(UserError, match=r"align\.benchmarks\.mmlu: .*nowhere\.jsonl"):
         align(folder, "benchmarks={mmlu: nowhere.jsonl}")
 
 

@@ -44,7 +44,11 @@ def _benchmarks(job: Job) -> dict[str, list[Path]]:
     for name, patterns in job.settings.benchmarks.items():
         key = f"align.benchmarks.{name}"
         patterns = [patterns] if isinstance(patterns, str) else patterns
-        found[name] = expand_paths([expand(pattern, {"RUN": job.run_dir}, key) for pattern in patterns])
+        patterns = [expand(pattern, {"RUN": job.run_dir}, key) for pattern in patterns]
+        try:
+            found[name] = expand_paths(patterns)
+        except UserError as error:
+            raise UserError(f"recipe key {key}: {error}; or take the benchmark out: it is then not checked") from error
     return found
 
 
