@@ -15,7 +15,7 @@ from slmfast.errors import UserError
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command and gives the exit code: 0, 2 for a user error, 130 for an interrupt."""
+    """Runs one command and gives the exit code: 0, 1 for problems found, 2 for a user error, 130 for an interrupt."""
     arguments = parser().parse_args(argv)
     _quiet_libraries()
     from slmfast import commands
@@ -79,10 +79,7 @@ def _add_run(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_data_stages(commands: argparse._SubParsersAction) -> None:
-    collect = commands.add_parser("collect", help="raw files to records")
-    collect.add_argument("input", nargs="+", help="files or globs of one format")
-    collect.add_argument("--format", required=True, help="belle, coig, camel, dolly, alpaca, ...")
-    collect.add_argument("--name", default="source", help="what the source is called in the records")
+    _add_collect(commands)
     _add_dedup(commands)
     for name, help_text in (
         ("categorize", "rule categories for records"),
@@ -97,9 +94,25 @@ def _add_data_stages(commands: argparse._SubParsersAction) -> None:
         stage.set_defaults(command="data_stage", stage=name)
     for name in ("collect", "dedup", "categorize", "classify", "diversify", "regenerate", "rate", "align"):
         stage = commands.choices[name]
-        stage.add_argument("-o", "--output", type=Path, required=True, help="the folder to write")
+        required = name != "collect"  # whose dry run writes nothing
+        stage.add_argument("-o", "--output", type=Path, required=required, help="the folder to write")
         stage.add_argument("--recipe", type=Path, help="take settings and models from this recipe")
         stage.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe key")
+
+
+def _add_collect(commands: argparse._SubParsersAction) -> None:
+    collect = commands.add_parser(
+        "collect",
+        help="raw files to records, or what is wrong with them",
+        description="Reads raw files into records: those named, of one format, or without any all sources of the "
+        "recipe. With --check it writes nothing: it tells what of each file would be rejected, by line and with a "
+        "count of every reason, and ends with exit code 0 only if nothing would be, else 1.",
+    )
+    collect.add_argument("input", nargs="*", help="files or globs of one format; with none, the recipe's sources")
+    collect.add_argument("--format", help="of the files named: belle, coig, camel, dolly, alpaca, ...")
+    collect.add_argument("--name", default="source", help="what the source is called in the records")
+    collect.add_argument("--check", action="store_true", help="a dry run: tell what would be rejected")
+    collect.add_argument("--show", type=int, default=5, metavar="N", help="problems told of each file (default 5)")
 
 
 def _add_dedup(commands: argparse._SubParsersAction) -> None:

@@ -12,7 +12,7 @@ import yaml
 from slmfast import pipeline
 from slmfast.errors import UserError
 from slmfast.job import Job
-from slmfast.recipe import STAGES, Collect, Evaluate, Recipe, Source, build, load_recipe
+from slmfast.recipe import STAGES, Evaluate, Recipe, Source, build, load_recipe
 from slmfast.records import RECORD_SCHEMA
 from slmfast.store import MANIFEST, table_schema, write_json
 
@@ -66,11 +66,33 @@ def report(arguments: Namespace) -> None:
     print(f"report: {run_dir / 'report' / 'report.html'}")
 
 
-def collect(arguments: Namespace) -> None:
-    """Reads raw files of one format into records."""
-    source = Source(name=arguments.name, format=arguments.format, path=arguments.input)
-    recipe = dataclasses.replace(_settings(arguments), collect=Collect(sources=[source]))
+def collect(arguments: Namespace) -> int | None:
+    """Reads raw files into records, or only tells what is wrong with them."""
+    recipe = _settings(arguments)
+    if arguments.input:
+        if arguments.format is None:
+            raise UserError("--format is missing: say of which format the files are, for instance --format alpaca")
+        source = Source(name=arguments.name, format=arguments.format, path=arguments.input)
+        recipe = dataclasses.replace(recipe, collect=dataclasses.replace(recipe.collect, sources=[source]))
+    elif not recipe.collect.sources:
+        raise UserError("nothing to collect: name files and their --format, or a --recipe with collect.sources")
+    if arguments.check:
+        return _check_sources(recipe, arguments)
+    if arguments.output is None:
+        raise UserError("-o is missing: give the folder to write, or --check to write nothing")
     _run_alone(arguments, recipe, "collect", {})
+    return None
+
+
+def _check_sources(recipe: Recipe, arguments: Namespace) -> int:
+    from slmfast.source_check import check_sources
+    from slmfast.stages.collect import source_paths
+
+    run_dir = (arguments.output or Path("runs") / recipe.name).absolute()
+    job = Job("collect", recipe, run_dir, run_dir, {})
+    sources = [(source.name, source.format, source_paths(job, source)) for source in recipe.collect.sources]
+    problems = check_sources(sources, recipe.collect.max_text_bytes, shown=arguments.show)
+    return 1 if problems else 0
 
 
 def data_stage(arguments: Namespace) -> None:
@@ -148,9 +170,10 @@ def _run_alone(arguments: Namespace, recipe: Recipe, stage: str, inputs: dict[st
     if pipeline.is_up_to_date(job):
         print(f"{stage}: up to date")
     else:
-        for role in pipeline.stage_module(stage).MODELS:
+        for role in pipeline.model_roles(job):
             print(f"{stage}: the {role} model is {job.model(role)} (models.{role})")
         pipeline.run_stage(job)
+    pipeline.accompany(job)
 
 
 def train(arguments: Namespace) -> None:

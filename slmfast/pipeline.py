@@ -66,6 +66,7 @@ def run(recipe: Recipe, run_dir: Path, last: str | None = None) -> dict[str, Any
             else:
                 (run_dir / SUMMARY).unlink(missing_ok=True)
                 run_stage(job)
+            accompany(job)
         if last in (None, STAGES[-1]):
             summary = summarize(recipe, run_dir)
             write_json(run_dir / SUMMARY, summary)
@@ -78,7 +79,8 @@ def check_later_stages(recipe: Recipe, run_dir: Path) -> None:
     for role in ("base", "large", "small", "judge"):
         resolve_model(recipe, role, run_dir)
     raw_is_ours = recipe.world is not None  # and not written yet
-    for name in ("categorize", "evaluate") if raw_is_ours else ("collect", "categorize", "evaluate"):
+    own = ("categorize", "evaluate")
+    for name in own if raw_is_ours else ("collect", "align", *own):
         stage_module(name).files(make_job(name, recipe, run_dir))
 
 
@@ -121,10 +123,16 @@ def make_job(name: str, recipe: Recipe, run_dir: Path) -> Job:
     return Job(stage=name, recipe=recipe, run_dir=run_dir, folder=run_dir / name, inputs=inputs)
 
 
+def model_roles(job: Job) -> tuple[str, ...]:
+    """The roles of the models that a stage uses: its MODELS, or where that depends on its settings models(job)."""
+    module = stage_module(job.stage)
+    return module.models(job) if hasattr(module, "models") else module.MODELS
+
+
 def job_key(job: Job) -> str:
     """A hash of everything that a stage's outputs depend on."""
     module = stage_module(job.stage)
-    models = {role: model_digest(Path(job.model(role))) for role in module.MODELS}
+    models = {role: model_digest(Path(job.model(role))) for role in model_roles(job)}
     return digest(
         {
             "stage": job.stage,
@@ -132,7 +140,7 @@ def job_key(job: Job) -> str:
             "settings": dataclasses.asdict(job.settings),
             "seed": job.recipe.seed,
             "models": models,
-            "engine": job.recipe.models.engine if module.MODELS else None,
+            "engine": job.recipe.models.engine if models else None,
             "inputs": _input_digests(job),
             "files": module.files(job) if hasattr(module, "files") else None,
         }
@@ -202,6 +210,13 @@ def run_stage(job: Job) -> None:
     )
     remove(job.folder / WORK)
     print(f"{job.stage}: {describe(counts)} in {seconds:.1f} s", flush=True)
+
+
+def accompany(job: Job) -> None:
+    """Brings up to date what a finished stage keeps beside its outputs, if anything."""
+    module = stage_module(job.stage)
+    if hasattr(module, "accompany"):
+        module.accompany(job)
 
 
 def describe(counts: Counts) -> str:

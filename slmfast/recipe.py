@@ -36,6 +36,7 @@ STAGES = (
     "report",
 )
 TRAINED = ("S1", "S2", "S3")
+CONTAMINATION = ("report", "remove", "skip")
 
 
 def _require(condition: bool, key: str, remedy: str) -> None:
@@ -124,10 +125,16 @@ class Classify:
 class Diversify:
     target: int = 500_000  # records to keep
     min_label_count: int = 10  # labels with fewer records go
+    audit: int | None = None  # records of each label that the judge is asked about; no audit unless given
+    audit_threshold: float = 0.5  # a label goes where the judge finds a smaller share of them right
 
     def __post_init__(self) -> None:
         _require(self.target > 0, "diversify.target", "give a positive number")
         _require(self.min_label_count >= 0, "diversify.min_label_count", "give zero or more")
+        _require(
+            self.audit is None or self.audit > 0, "diversify.audit", "give a positive number, or null for no audit"
+        )
+        _require(0 <= self.audit_threshold <= 1, "diversify.audit_threshold", "give a share from 0 to 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,11 +169,14 @@ class Align:
     positives_per_negative: float = 2.0
     max_reply_tokens: int | None = None  # a longer reply never wins
     outlier_fences: float = 3.0  # a reply that many quartile ranges above the third quartile of bits a token never wins
+    benchmarks: dict[str, str | list[str]] = field(default_factory=dict)  # files or globs of each one's items, by name
+    contamination: str = "report"  # records that hold items of the benchmarks: report, remove, or skip the check
 
     def __post_init__(self) -> None:
         _require(self.sft_size > 0, "align.sft_size", "give a positive number")
         _require(self.positives_per_negative > 0, "align.positives_per_negative", "give a positive number")
         _require(self.outlier_fences > 0, "align.outlier_fences", "give a positive number")
+        _require(self.contamination in CONTAMINATION, "align.contamination", f"use {', '.join(CONTAMINATION)}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,7 @@ from slmfast.errors import UserError
 
 WORK = ".work"
 MANIFEST = "manifest.json"
+DATA_CARD = "DATA_CARD.md"  # beside the final sets; like a manifest, no output that anything depends on
 TEMPORARY = ".tmp"  # the ending of a file or folder that is still being written
 
 ROWS_PER_SHARD = 65_536
@@ -259,7 +260,7 @@ def model_digest(folder: Path) -> str:
 
 
 def output_digests(folder: Path) -> dict[str, str]:
-    """The hash of every finished file below a stage's folder, by its relative path."""
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    """The hash of every finished output below a stage's folder, by its relative path."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name not in (MANIFEST, DATA_CARD))
     relative = sorted(path.relative_to(folder) for path in files)
     return {str(path): file_digest(folder / path) for path in relative if not path.parts[0].startswith(".")}

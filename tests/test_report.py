@@ -1,18 +1,22 @@
 """The report shows a run's own figures, loads nothing from anywhere, and takes hostile data for what it is: text."""
 
 import html.parser
+import math
 import re
 import shutil
 import subprocess
+from collections import Counter
 
 import pyarrow as pa
 import pytest
 
+from slmfast.contamination import CONTAMINATION_SCHEMA
 from slmfast.job import Job
 from slmfast.recipe import load_recipe
 from slmfast.records import DROPPED_SCHEMA, RECORD_SCHEMA, REJECTED_SCHEMA
 from slmfast.reporting.build import build_document
 from slmfast.reporting.html_page import render_html
+from slmfast.reporting.label_section import agreement
 from slmfast.reporting.markdown_page import render_markdown
 from slmfast.reporting.run_folder import RunFolder
 from slmfast.stages import align, categorize, classify, rate, regenerate, report
@@ -41,12 +45,25 @@ NOTES = {
         "labels": {"Math-Addition": [901, 209], HOSTILE: [187, 204], "其他-闲聊": [3, 0]},
         "entropy_bits": [0.731, 1.002],
         "gini": [0.512, 0.011],
+        "audit": {
+            "threshold": 0.5,
+            "sampled": 24,
+            "agreed": 15,
+            "denied": 5,
+            "unreadable": 4,
+            "labels": 3,
+            "failed": {HOSTILE: [187, 2, 6]},
+        },
     },
     "align": {
         "sets": {"sft": 246, "kto": 369, "kto_positive": 246, "kto_negative": 123},
         "with_best": 301,
         "with_worst": 199,
         "max_bits_per_token": 7.25,
+        "contamination": {
+            "mode": "report",
+            "benchmarks": {"gsm8k": {"items": 1319, "records": 2, "exact": 1, "in_sets": 1}},
+        },
     },
 }
 MODELS = ("base", "S1", "S2", "S3", "fused")
@@ -97,6 +114,10 @@ def make_job(root, *, note=NOTE, items=True, stages=tuple(COUNTS), override=()) 
         REJECTED_SCHEMA,
         [bad] * 34 + [bad | {"reason": f"broken at column {c}"} for c in (1, 27)],
     )
+    if "align" in stages:
+        hit = {"part": "prompt", "benchmark": "gsm8k", "item": "test.jsonl:7", "how": "x", "in_sets": True}
+        hits = [hit | {"id": f"{n:032x}", "share": n / 2, "passage": HOSTILE} for n in (1, 2)]
+        write_rows(root / "align" / "contamination", CONTAMINATION_SCHEMA, hits)
     write_models(root, items)
     inputs = {stage: root / stage for stage in report.INPUTS}
     return Job(stage="report", recipe=recipe, run_dir=root, folder=root / "report", inputs=inputs)
@@ -207,6 +228,51 @@ def test_shares_follow_the_tables(page):
     assert languages["Chinese"] == ["3", "50.0 %", "3", "50.0 %", "2", "50.0 %"]
 
 
+def test_data_are_matched_by_source_and_language(page):
+    # Rows 0 to 5: sources belle, dolly, dolly, twice; languages zh and en in turns; the first four are in the SFT set.
+    matching = page.table("Data matching")
+    assert matching["dolly"] == ["2", "2", "0", "1", "1", "0"]
+    assert matching["belle"] == ["1", "1", "0", "1", "1", "0"]
+
+
+def test_labels_have_a_tree_an_audit_and_an_agreement(page, text):
+    primary = page.table("Primary categories")
+    assert primary["Math"] == ["1", "901", "209"] and primary["其他"] == ["1", "3", "0"]
+    tree = re.search(r"<pre[^>]*>(Math  901.*?)</pre>", text, flags=re.DOTALL).group(1)
+    assert "\n    Addition  901 &gt; 209\n" in tree and "其他  3 &gt; 0\n    闲聊  3 &gt; 0" in tree
+    assert "asked about 24 records of 3 labels and found 75.0 % of the labels right (4 unreadable)" in page.text
+    assert list(page.table("Labels that failed the audit").values())[1] == ["187", "2", "6"]
+    rules = page.table("Rule categories and labels")
+    assert rules["math"] == ["Math 100.0 %", "5", "100.0 %"]
+    assert "100.0 % of the instructions would have the model's" in page.text
+
+
+def test_agreement_of_two_groupings():
+    same = Counter({("a", "x"): 5, ("b", "y"): 3})
+    assert agreement(same) == pytest.approx((1, 1))
+    independent = Counter({(a, b): m * n for a, m in (("a", 1), ("b", 3)) for b, n in (("x", 2), ("y", 5))})
+    assert agreement(independent) == pytest.approx((5 / 7, 0))
+    mixed = Counter({("a", "x"): 3, ("a", "y"): 1, ("b", "y"): 4})
+    rows, columns = (
+        [a for (a, _), n in mixed.items() for _ in range(n)],
+        [b for (_, b), n in mixed.items() for _ in range(n)],
+    )
+    information = sum(
+        n / 8 * math.log2((n / 8) / (rows.count(a) / 8 * columns.count(b) / 8)) for (a, b), n in mixed.items()
+    )
+    spread = [-sum(g.count(v) / 8 * math.log2(g.count(v) / 8) for v in set(g)) for g in (rows, columns)]
+    assert agreement(mixed) == pytest.approx((7 / 8, information / (sum(spread) / 2)))
+
+
+def test_safety_and_winners_by_language(page):
+    safety = page.table("Safety by origin")
+    assert safety["original"] == ["6", "100.0 %", "0.0 %", "0.0 %"] and safety["small"][-1] == "100.0 %"
+    winners = next(t for t in page.tables if t["caption"].startswith("Who wins and who loses, by"))["rows"][1:]
+    assert [row[0] for row in winners] == ["Chinese"] * 3 + ["English"] * 3
+    assert winners[0] == ["Chinese", "original", "0", "0.0 %", "1", "100.0 %"]
+    assert winners[1] == ["Chinese", "large", "2", "100.0 %", "0", "0.0 %"]
+
+
 def test_ratings_by_origin(page):
     ratings, perplexity = page.table("Ratings by origin"), page.table("Perplexity")
     assert ratings["large"] == ["6", "0", "1.000", "100.0 %", "0.0 %", "0.0 %", "1.000", "0.0 %"]
@@ -217,6 +283,14 @@ def test_ratings_by_origin(page):
     winners = page.table("Whose replies")
     assert winners["large"][:2] == ["4", "100.0 %"]
     assert winners["original"][2:] == ["2", "100.0 %"]
+
+
+def test_contamination_names_what_was_not_checked(page):
+    found = page.table("Records that hold items")
+    assert found["gsm8k"] == ["yes", "1,319", "2", "1", "1"]
+    assert [found[name][0] for name in ("mmlu", "cmmlu", "ceval", "humaneval")] == ["not checked"] * 4
+    examples = next(t for t in page.tables if t["caption"].startswith("The 2 findings that hold most"))["rows"]
+    assert [row[-1] for row in examples[1:]] == ["100.0 %", "50.0 %"]
 
 
 def test_scores_stand_with_their_errors(page):
@@ -278,8 +352,8 @@ def test_nothing_is_loaded_from_anywhere(page, text):
 
 
 def test_every_drawing_is_there_and_whole(page, text):
-    # sources, labels, quality, two losses, two rewards, scores
-    assert page.tags.count("svg") == page.tags.count("figure") == 8
+    # sources, two matchings, labels, quality, perplexity, winners, two losses, two rewards, scores
+    assert page.tags.count("svg") == page.tags.count("figure") == 12
     ids = [value for name, value in page.attributes if name == "id"]
     assert len(set(ids)) == len(ids)
     used = {value[1:] for name, value in page.attributes if name == "href" and value.startswith("#")}
@@ -341,4 +415,4 @@ def test_a_browser_shows_it_without_overflow(text, tmp_path, width):
     content, frame, drawings, flat = map(int, re.search(r"<title>([\d ]+)</title>", dom).group(1).split())
     assert frame <= width
     assert content <= frame
-    assert (drawings, flat) == (8, 0)
+    assert (drawings, flat) == (12, 0)

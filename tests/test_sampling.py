@@ -1,5 +1,7 @@
 """Water-filling gives exactly N rows, as evenly as they can be, whatever the order of the rows."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -23,6 +25,30 @@ def test_water_fill_equals_pouring(seed):
     counts = random.integers(0, 12, size=random.integers(1, 9))
     target = int(random.integers(0, counts.sum() + 5))
     assert water_fill(counts, target).tolist() == fill_one_by_one(counts.tolist(), target)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_water_fill_is_as_even_as_any_choice(seed):
+    """Against all possible quotas: the sum is exact, and no choice of that sum has a smaller sum of squares."""
+    random = np.random.default_rng(100 + seed)
+    counts = random.integers(0, 7, size=random.integers(1, 6))
+    target = int(random.integers(0, counts.sum() + 3))
+    total = min(target, int(counts.sum()))
+    possible = [q for q in itertools.product(*(range(count + 1) for count in counts)) if sum(q) == total]
+    quota = water_fill(counts, target)
+    assert tuple(quota.tolist()) in possible
+    assert (quota**2).sum() == min(sum(n * n for n in q) for q in possible)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_water_fill_is_exact_at_full_size(seed):
+    """Thousands of labels: exactly N, and whoever could still give stands at the top, or one row below it."""
+    random = np.random.default_rng(seed)
+    counts = (random.pareto(0.7, size=5000) * 3).astype(np.int64)
+    target = int(random.integers(1, counts.sum()))
+    quota = water_fill(counts, target)
+    assert quota.sum() == target and (quota <= counts).all() and (quota >= 0).all()
+    assert (quota[quota < counts] >= quota.max() - 1).all()
 
 
 def test_balanced_is_exact_and_order_free():

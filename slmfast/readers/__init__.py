@@ -7,6 +7,6 @@ json_stream.py  JSON values decoded from a stream that is never held whole
 """
 
 from slmfast.readers.formats import FORMATS
-from slmfast.readers.sources import Record, Rejection, check_format, expand_paths, read_source
+from slmfast.readers.sources import Record, Rejection, check_format, expand_paths, read_source, without_places
 
-__all__ = ["FORMATS", "Record", "Rejection", "check_format", "expand_paths", "read_source"]
+__all__ = ["FORMATS", "Record", "Rejection", "check_format", "expand_paths", "read_source", "without_places"]

@@ -89,13 +89,13 @@ def _read_member(stream: BinaryIO, name: str) -> Iterator[Raw]:
 
 
 def _read_text(stream: BinaryIO, name: str) -> Iterator[tuple[int, Any]]:
-    head = _read_exactly(stream, _HEAD_BYTES)
+    head, damage = _read_head(stream)
     if not head.strip():
-        raise Broken("it is empty")
+        raise damage or Broken("it is empty")
     if head.startswith(_UTF16_BOMS):
         raise Broken("it is UTF-16, not UTF-8")
     start = len(_UTF8_BOM) if head.startswith(_UTF8_BOM) else 0
-    whole = io.BufferedReader(_Replay(head[start:], stream), buffer_size=_HEAD_BYTES)
+    whole = io.BufferedReader(_Replay(head[start:], stream, damage), buffer_size=_HEAD_BYTES)
     if name.endswith(".csv"):
         yield from _read_csv(whole)
         return
@@ -132,6 +132,9 @@ def _read_csv(stream: BinaryIO) -> Iterator[tuple[int, Any]]:
         header = next(rows, [])
     except csv.Error as error:
         raise Broken(f"broken CSV header: {error}") from error
+    if len(set(header)) < len(header):  # a row as a dict would lose a cell without a word
+        twice = next(name for i, name in enumerate(header) if name in header[:i])
+        raise Broken(f"column {twice[:40]!r} stands twice in the CSV header")
     while True:
         line = rows.line_num + 1
         try:
@@ -178,26 +181,35 @@ def _row(batch: Any, i: int) -> Any:
         return Malformed(f"a value that can't be read: {' '.join(str(error).split())}")
 
 
-def _read_exactly(stream: BinaryIO, size: int) -> bytes:
-    parts = []
-    while size > 0 and (data := stream.read(size)):
-        parts.append(data)
-        size -= len(data)
-    return b"".join(parts)
+def _read_head(stream: BinaryIO) -> tuple[bytes, Exception | None]:
+    """The first bytes of a stream, fewer only at its end or at the damage that ends it."""
+    parts: list[bytes] = []
+    size = _HEAD_BYTES
+    try:
+        while size > 0 and (data := stream.read1(size)):
+            parts.append(data)
+            size -= len(data)
+    except Exception as damage:  # of whatever kind: it is raised where the reading gets there
+        return b"".join(parts), damage
+    return b"".join(parts), None
 
 
 class _Replay(io.RawIOBase):
     """A stream whose beginning has been read already, whole again. Compressed streams can't seek back cheaply."""
 
-    def __init__(self, head: bytes, stream: BinaryIO) -> None:
+    def __init__(self, head: bytes, stream: BinaryIO, damage: Exception | None) -> None:
         self._head = head
         self._stream = stream
+        self._damage = damage
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: memoryview) -> int:
-        data = self._head[: len(buffer)] or self._stream.read(len(buffer))
+        if not self._head and self._damage is not None:
+            raise self._damage
+        # read1 and not read, which would lose what it has when it comes upon damage
+        data = self._head[: len(buffer)] or self._stream.read1(len(buffer))
         self._head = self._head[len(buffer) :]
         buffer[: len(data)] = data
         return len(data)

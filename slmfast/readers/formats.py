@@ -8,10 +8,11 @@ naming the field, for an object that is not of its schema.
 Schemas: the dataset cards of BELLE (train_3.5M_CN, school_math_0.25M), COIG, CAMEL, Dolly and Alpaca-GPT4.
 """
 
-import json
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
+
+from slmfast.readers.json_stream import DECODER, Malformed
 
 _ROUND = re.compile(r"round_(\d+)")
 _ROLES = {
@@ -131,7 +132,7 @@ def _round_pair(value: Any, key: str) -> dict[str, Any]:
     response = value.get("response")
     if isinstance(response, str):
         try:
-            response = json.loads(response)
+            response = DECODER.decode(response)
         except (ValueError, RecursionError) as error:
             raise BadRecord(f"field {key}.response holds broken JSON: {error}") from error
     if not isinstance(response, dict):
@@ -212,5 +213,7 @@ def _kind(value: Any) -> str:
     """What JSON calls the type of a value."""
     if value is None:
         return "null"
+    if isinstance(value, Malformed):
+        return f"malformed ({value.reason})"
     names = {bool: "a boolean", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
     return names.get(type(value), type(value).__name__)

@@ -14,7 +14,6 @@ from typing import Any, BinaryIO, NamedTuple
 MAX_VALUE_BYTES = 64 << 20  # a longer line or element can't be a record, and must not fill the memory
 CHUNK_BYTES = 1 << 20
 
-_DECODER = json.JSONDecoder()
 _SPACE = re.compile(r"[ \t\n\r]*")
 # An error this near to the end of what has been read may only mean that the rest is still to come: the longest
 # token that the decoder reports at its own beginning, other than a string, is "-Infinity".
@@ -26,6 +25,19 @@ class Malformed(NamedTuple):
     """Stands in for a raw object that could not be decoded."""
 
     reason: str
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | Malformed:
+    """A JSON object; one that has a key twice would lose a value without a word, so it is Malformed."""
+    value = dict(pairs)
+    if len(value) == len(pairs):
+        return value
+    keys = [key for key, _ in pairs]
+    twice = next(key for i, key in enumerate(keys) if key in keys[:i])
+    return Malformed(f"key {twice[:40]!r} stands twice in one object")
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
 class Broken(Exception):
@@ -51,7 +63,8 @@ def _skip_line(stream: BinaryIO, max_bytes: int) -> None:
 
 def _decode_line(line: bytes) -> Any:
     try:
-        return _DECODER.decode(line.decode("utf-8"))
+        # Without its line end, after which a fault at the end of the line would stand in column 1.
+        return DECODER.decode(line.rstrip(b"\r\n").decode("utf-8"))
     except UnicodeDecodeError as error:
         return Malformed(f"not UTF-8 at byte {error.start + 1} of the line")
     except json.JSONDecodeError as error:
@@ -72,7 +85,7 @@ class RawDecoder(json.JSONDecoder):
 
 
 def read_array(
-    stream: BinaryIO, chunk_bytes: int = CHUNK_BYTES, decoder: json.JSONDecoder = _DECODER
+    stream: BinaryIO, chunk_bytes: int = CHUNK_BYTES, decoder: json.JSONDecoder = DECODER
 ) -> Iterator[tuple[int, Any]]:
     """Yields (1-based number of the element, element) for each element of a JSON array.
 
@@ -107,7 +120,7 @@ def read_values(stream: BinaryIO, chunk_bytes: int = CHUNK_BYTES) -> Iterator[tu
 class _Buffer:
     """The part of a text stream that has been read and not yet consumed."""
 
-    def __init__(self, stream: BinaryIO, chunk_bytes: int, decoder: json.JSONDecoder = _DECODER) -> None:
+    def __init__(self, stream: BinaryIO, chunk_bytes: int, decoder: json.JSONDecoder = DECODER) -> None:
         self._stream = stream
         self._decoder = decoder
         self._chunk_bytes = chunk_bytes

@@ -3,6 +3,7 @@
 import difflib
 import glob
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +14,9 @@ from slmfast.readers.formats import FORMATS, BadRecord, Parsed
 from slmfast.readers.json_stream import Broken, Malformed
 
 _KINDS = "UTF-8 JSON, JSON lines or CSV, plain or in .gz, .zst or .tar.gz, or Parquet"
+
+
+_PLACE = re.compile(r"\b(column|character|line|byte|position|turn|round) \d+")
 
 
 class Record(NamedTuple):
@@ -33,6 +37,11 @@ class Rejection(NamedTuple):
     file: str
     line: int
     reason: str
+
+
+def without_places(reason: str) -> str:
+    """A reason without where in a line or file the fault stands, so that equal faults can be counted."""
+    return _PLACE.sub(r"\1 …", reason)
 
 
 def expand_paths(patterns: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[Path]:

@@ -1,8 +1,10 @@
 """All sections of a run as one document."""
 
 from slmfast.reporting import data_section, score_section
-from slmfast.reporting.data_section import labels_section, mixture_section, stages_section
+from slmfast.reporting.contamination_section import contamination_section
+from slmfast.reporting.data_section import mixture_section, stages_section
 from slmfast.reporting.document import Document, Section, Table
+from slmfast.reporting.label_section import labels_section
 from slmfast.reporting.provenance_section import method_section, provenance_section
 from slmfast.reporting.reply_section import examples_section, ratings_section, sets_section
 from slmfast.reporting.run_folder import RunFolder
@@ -24,6 +26,7 @@ def build_document(run: RunFolder, scoreboard: Figures | None) -> Document:
         labels_section(run),
         ratings_section(run),
         sets_section(run),
+        contamination_section(run),
         examples_section(run),
         training_section(run),
         fusion_section(run),

@@ -1,11 +1,12 @@
 """What became of the raw data: the balance of every stage, who went and why, and how the mixture changed."""
 
-import re
 from collections import Counter
 
+from slmfast.readers import without_places
 from slmfast.recipe import STAGES
 from slmfast.reporting import plots
 from slmfast.reporting.document import (
+    LANGUAGES,
     NOTHING,
     Block,
     Plot,
@@ -21,8 +22,6 @@ from slmfast.reporting.run_folder import RunFolder
 
 TOP = 20  # rows of the tables that could be long
 REASONS = 40
-_PLACE = re.compile(r"\b(column|character|line|byte|position|turn|round) \d+")
-LANGUAGES = {"zh": "Chinese", "en": "English", "other": "other"}
 
 
 def stages_section(run: RunFolder) -> Section:
@@ -47,7 +46,7 @@ def _reasons(run: RunFolder) -> list[Block]:
     rows = []
     for stage in run.stages:
         for table in ("rejected", "dropped"):
-            reasons = _without_places(run.count_by(stage, "reason", table), table)
+            reasons = _without_places(run.count_by(stage, "reason", table))
             total = sum(reasons.values())
             for reason, count in _ranked(reasons)[:REASONS]:
                 rows.append([stage, table, shortened(reason, 200), whole(count), percent(count, total)])
@@ -61,13 +60,11 @@ def _reasons(run: RunFolder) -> list[Block]:
     return [Table("Why rows went, with their share of the stage's dropped or rejected rows", header, rows, 3)]
 
 
-def _without_places(reasons: Counter[str], table: str) -> Counter[str]:
-    """Reasons of rejection that differ only in where in a line the fault stands are one; the table has the places."""
-    if table != "rejected":
-        return reasons
+def _without_places(reasons: Counter[str]) -> Counter[str]:
+    """Reasons that differ only in where a fault stands are one; the tables have the places."""
     merged: Counter[str] = Counter()
     for reason, count in reasons.items():
-        merged[_PLACE.sub(r"\1 …", reason)] += count
+        merged[without_places(reason)] += count
     return merged
 
 
@@ -94,7 +91,30 @@ def mixture_section(run: RunFolder) -> Section | None:
             blocks.append(_shares(title, column, counts))
             if column == "source":
                 blocks.append(_share_plot(counts))
+    blocks += _matching(run)
     return Section("Mixture", blocks) if blocks else None
+
+
+def _matching(run: RunFolder) -> list[Block]:
+    """How the data are matched by source and language at once: in the raw data and in the SFT set."""
+    pairs = ("source", "language")
+    found = {
+        "collected": run.count_by_pair("collect", pairs),
+        "SFT": run.count_by_pair("align", pairs, where="in_sft"),
+    }
+    found = {name: counts for name, counts in found.items() if counts}
+    if not found:
+        return []
+    sources = [value for value, _ in _ranked(run.count_by("collect", "source"))][:TOP]
+    header = ["source", *(f"{name}: {words}" for name in found for words in LANGUAGES.values())]
+    rows = [[s, *(whole(counts[s, code]) for counts in found.values() for code in LANGUAGES)] for s in sources]
+    blocks: list[Block] = [Table("Data matching: instructions by source and language", header, rows)]
+    for name, counts in found.items():
+        total = counts.total()
+        parts = {words: [100 * counts[s, code] / total for s in sources] for code, words in LANGUAGES.items()}
+        drawing = plots.stacked_bars(sources, parts, "% of instructions")
+        blocks.append(Plot(f"Data matching by source and language, {name}", drawing))
+    return blocks
 
 
 def _shares(title: str, column: str, counts: dict[str, Counter[str]]) -> Table:
@@ -119,36 +139,6 @@ def _share_plot(counts: dict[str, Counter[str]]) -> Plot:
     names = [value for value, _ in _ranked(next(iter(counts.values())))[:TOP]]
     series = {name: [100 * found[value] / found.total() for value in names] for name, found in counts.items()}
     return Plot("Shares of the sources as the run goes on", plots.bars(names, series, "% of instructions"))
-
-
-def labels_section(run: RunFolder) -> Section | None:
-    """How even the labels were before and after the balancing."""
-    notes = run.notes("diversify")
-    if "labels" not in notes:
-        return None
-    labels = sorted(notes["labels"].items(), key=lambda item: (-item[1][0], item[0]))
-    before, after = ([counts[i] for _, counts in labels] for i in (0, 1))
-    rows = [
-        ["instructions", whole(sum(before)), whole(sum(after))],
-        ["labels with instructions", *(whole(sum(count > 0 for count in counts)) for counts in (before, after))],
-        ["instructions of the largest label", whole(max(before, default=0)), whole(max(after, default=0))],
-        ["entropy (bits)", *(decimal(value) for value in notes["entropy_bits"])],
-        ["Gini coefficient", *(decimal(value) for value in notes["gini"])],
-    ]
-    top = labels[:TOP]
-    names = [label for label, _ in top]
-    series = {"before": [counts[0] for _, counts in top], "after": [counts[1] for _, counts in top]}
-    shown = f"the {len(top)} most frequent of {len(labels):,} labels" if len(labels) > len(top) else "all labels"
-    blocks: list[Block] = [
-        Text(
-            "A higher entropy and a lower Gini coefficient mean more even labels. They are balanced by water-filling: "
-            "rare labels keep all they have, common ones share what is left."
-        ),
-        Table("Labels before and after diversify", ["", "before", "after"], rows),
-    ]
-    if top:
-        blocks.append(Plot(f"Instructions by label, {shown}", plots.bars(names, series, "instructions")))
-    return Section("Labels", blocks)
 
 
 def summary_rows(run: RunFolder) -> list[list[str]]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 NOTHING = "–"  # in a cell without a figure
+LANGUAGES = {"zh": "Chinese", "en": "English", "other": "other"}  # as records name them, and in words
 
 # What HTML may not hold at all, not even escaped: controls but for tab and newline, lone surrogates, non-characters.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")

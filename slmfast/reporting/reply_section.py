@@ -9,6 +9,7 @@ import pyarrow.compute as pc
 
 from slmfast.records import prompt_text
 from slmfast.reporting import plots
+from slmfast.reporting.distributions import spread_blocks, win_blocks, wins
 from slmfast.reporting.document import (
     Block,
     Example,
@@ -60,7 +61,9 @@ def ratings_section(run: RunFolder) -> Section | None:
         Table("Ratings by origin of the reply", header, rows),
         Plot("Quality by origin of the reply", plots.stacked_bars(list(groups), parts, "% of replies")),
         _perplexities(groups),
+        *spread_blocks(groups),
         _winners(run),
+        *win_blocks(run, list(groups)),
     ]
     return Section("Ratings", blocks)
 
@@ -101,7 +104,7 @@ def _perplexities(groups: dict[str, pa.Table]) -> Table:
 
 
 def _winners(run: RunFolder) -> Table:
-    best, worst = _chosen(run)
+    best, worst = (_by_origin(counts) for counts in wins(run))
     rows = [
         [o, whole(best[o]), percent(best[o], best.total()), whole(worst[o]), percent(worst[o], worst.total())]
         for o in sorted(best | worst, key=lambda o: (ORIGINS.index(o) if o in ORIGINS else len(ORIGINS), o))
@@ -110,20 +113,11 @@ def _winners(run: RunFolder) -> Table:
     return Table("Whose replies made the sets", header, rows)
 
 
-def _chosen(run: RunFolder) -> tuple[Counter[str], Counter[str]]:
-    """How many SFT rows and KTO negatives come from each origin."""
-    best: Counter[str] = Counter()
-    worst: Counter[str] = Counter()
-    columns = ["replies", "best", "worst", "in_sft", "in_kto_negative"]
-    folder = run.table("align", columns)
-    if folder is not None:
-        for batch in read_batches(folder, columns=columns):
-            for row in batch.to_pylist():
-                if row["in_sft"]:
-                    best[row["replies"][row["best"]]["origin"]] += 1
-                if row["in_kto_negative"]:
-                    worst[row["replies"][row["worst"]]["origin"]] += 1
-    return best, worst
+def _by_origin(counts: Counter[tuple[str, str]]) -> Counter[str]:
+    summed: Counter[str] = Counter()
+    for (_, origin), count in counts.items():
+        summed[origin] += count
+    return summed
 
 
 def sets_section(run: RunFolder) -> Section | None:

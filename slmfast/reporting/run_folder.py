@@ -54,6 +54,21 @@ class RunFolder:
             counts.update(dict(zip(*(groups.column(name).to_pylist() for name in (column, "count_all")), strict=True)))
         return counts
 
+    def count_by_pair(self, stage: str, columns: tuple[str, str], where: str | None = None) -> Counter[tuple[str, str]]:
+        """How many records of a stage have each pair of values of two columns; as count_by."""
+        counts: Counter[tuple[str, str]] = Counter()
+        needed = list(columns) if where is None else [*columns, where]
+        folder = self.table(stage, needed)
+        if folder is None:
+            return counts
+        for batch in read_batches(folder, columns=needed, rows=1 << 16):
+            if where is not None:
+                batch = batch.filter(batch.column(where))
+            groups = pa.Table.from_batches([batch]).group_by(list(columns)).aggregate([([], "count_all")])
+            first, second, number = (groups.column(name).to_pylist() for name in (*columns, "count_all"))
+            counts.update(dict(zip(zip(first, second, strict=True), number, strict=True)))
+        return counts
+
     def json(self, stage: str, *names: str) -> Any:
         """A JSON file below a stage's folder, or None."""
         path = self.stages[stage].joinpath(*names)

@@ -4,6 +4,7 @@ Sources are read in the recipe's order, which is their priority: of two duplicat
 that can't be one of ours goes to `rejected` with its file, line and reason.
 """
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -59,12 +60,19 @@ def run(job: Job) -> Counts:
             "correct the paths and formats of collect.sources"
         )
     job.notes["sources"] = per_source
+    job.notes["files"] = {source.name: _digests(source_paths(job, source)) for source in job.settings.sources}
     return Counts(records.rows + rejected.rows, records.rows, 0, rejected.rows)
 
 
 def _read(job: Job, source: Source) -> Iterator[Record | Rejection]:
     paths = source_paths(job, source)
     return read_source(source.name, source.format, paths, max_text_bytes=job.settings.max_text_bytes)
+
+
+def _digests(paths: list[Path]) -> dict[str, str]:
+    """The content hash of each file, under its name below the folder that all of them share."""
+    common = os.path.commonpath([path.parent for path in paths])
+    return {path.relative_to(common).as_posix(): file_digest(path) for path in paths}
 
 
 def _batches(items: Iterator[Record | Rejection]) -> Iterator[list[Record | Rejection]]:

@@ -1,20 +1,48 @@
-"""Diversify: rare labels go, and the rest are sampled as evenly over the labels as they allow (the paper, 3.4)."""
+"""Diversify: rare and wrong labels go, the rest are sampled as evenly over labels as they allow (the paper, 3.4).
+
+Where the recipe asks for an audit, a sample of each label is put to the judge, and the labels that it mostly denies go.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from slmfast import label_audit
+from slmfast.engines import open_engine
 from slmfast.errors import UserError
-from slmfast.job import Counts, Job, dropped_row
+from slmfast.job import Counts, Job, dropped_row, run_units
 from slmfast.records import DROPPED_SCHEMA
 from slmfast.sampling import balanced, entropy, gini, seeded_hashes
-from slmfast.store import ShardWriter, count_rows, read_batches, read_table, table_schema
+from slmfast.store import (
+    ShardWriter,
+    atomic_path,
+    count_rows,
+    read_batches,
+    read_json,
+    read_table,
+    table_schema,
+    write_json,
+)
 
 INPUTS = ("classify",)
-MODELS: tuple[str, ...] = ()
+MODELS: tuple[str, ...] = ()  # but see `models`
 
-RARE = "a label of too few records (diversify.min_label_count)"
+AUDIT_ROWS = 512  # that are judged, written and, after a break, judged again together
+_RARE, _WRONG = -1, -2  # codes of the labels that go
+REASONS = {
+    _RARE: "a label of too few records (diversify.min_label_count)",
+    _WRONG: "a label that the judge often finds wrong (diversify.audit_threshold)",
+}
 FULL = "its label has its share already (diversify.target)"
+
+
+def models(job: Job) -> tuple[str, ...]:
+    """The roles of the models that this stage needs: the judge where there is an audit."""
+    return MODELS if job.settings.audit is None else ("judge",)
 
 
 def run(job: Job) -> Counts:
@@ -22,15 +50,21 @@ def run(job: Job) -> Counts:
     source = job.input("classify")
     columns = read_table(source, columns=["id", "label"])
     encoded = columns.column("label").combine_chunks().dictionary_encode()
+    labels = encoded.dictionary.to_pylist()
     codes = encoded.indices.to_numpy().astype(np.int64)
-    counts = np.bincount(codes, minlength=len(encoded.dictionary))
-    rare = counts < job.settings.min_label_count
-    codes = np.where(rare[codes], -1, codes) if len(codes) else codes
-    hashes = seeded_hashes((i.as_py() for i in columns.column("id")), job.recipe.seed, "diversify")
-    keep = balanced(codes, hashes, job.settings.target)
+    counts = np.bincount(codes, minlength=len(labels))
+    final = np.where(counts < job.settings.min_label_count, _RARE, np.arange(len(labels)))
+    ids = columns.column("id")
+    if job.settings.audit is not None:
+        final[_audit(job, source, labels, _by_label(final, codes), counts, ids)] = _WRONG
+    codes = _by_label(final, codes)
+    keep = balanced(codes, seeded_hashes(_texts(ids), job.recipe.seed, "diversify"), job.settings.target)
     if not keep.any():
-        raise UserError("diversify keeps no record: every label is rarer than diversify.min_label_count; lower it")
-    _note(job, encoded.dictionary.to_pylist(), counts, np.bincount(codes[keep], minlength=len(counts)))
+        raise UserError(
+            "diversify keeps no record: every label is rarer than diversify.min_label_count or fails the audit; lower "
+            "it, or diversify.audit_threshold"
+        )
+    _note(job, labels, counts, np.bincount(codes[keep], minlength=len(counts)))
     start = 0
     with (
         ShardWriter(job.table("records"), table_schema(source)) as kept,
@@ -42,9 +76,66 @@ def run(job: Job) -> Counts:
             mask = pa.array(keep[rows])
             kept.write(batch.filter(mask))
             gone = batch.filter(pc.invert(mask)).select(["id", "source", "source_row"]).to_pylist()
-            reasons = [RARE if code < 0 else FULL for code in codes[rows][~keep[rows]]]
+            reasons = [REASONS.get(code, FULL) for code in codes[rows][~keep[rows]].tolist()]
             dropped.write([dropped_row(job.stage, row, reason) for row, reason in zip(gone, reasons, strict=True)])
     return Counts(count_rows(source), kept.rows, dropped.rows)
+
+
+def _texts(column: pa.ChunkedArray) -> Any:
+    return (value.as_py() for value in column)
+
+
+def _by_label(values: np.ndarray, codes: np.ndarray) -> np.ndarray:
+    """Each row's label's value."""
+    return values[codes] if len(codes) else codes
+
+
+def _audit(
+    job: Job, source: Path, labels: list[str], codes: np.ndarray, counts: np.ndarray, ids: pa.ChunkedArray
+) -> list[int]:
+    """Judges a sample of every label, writes it for people, and gives the codes of the labels that fail."""
+    part = dataclasses.replace(job, folder=job.work / "audit")
+    asked = part.table("sample")
+    if not asked.exists():
+        hashes = seeded_hashes(_texts(ids), job.recipe.seed, "label audit")
+        _write_sample(source, label_audit.sample(codes, hashes, job.settings.audit), asked)
+    engine = open_engine(job.recipe.models.engine, job.model("judge"))
+    _fix_token_budget(part, engine)
+    run_units(part, asked, label_audit.COLUMNS, AUDIT_ROWS, lambda rows: (label_audit.judge_labels(engine, rows), []))
+    judged = read_table(part.table("records"), [*table_schema(source).names, "agrees", "yes_probability"]).to_pylist()
+    threshold = job.settings.audit_threshold
+    standing = label_audit.standings(judged, dict(zip(labels, counts.tolist(), strict=True)))
+    label_audit.write_audit_csv(job.folder / "audit.csv", judged)
+    label_audit.write_label_csv(job.folder / "audit_labels.csv", standing, threshold)
+    failed = [found for found in standing if found.falls(threshold)]
+    job.notes["audit"] = {
+        "threshold": threshold,
+        "sampled": len(judged),
+        "agreed": sum(found.agreed for found in standing),
+        "denied": sum(found.denied for found in standing),
+        "unreadable": sum(found.unreadable for found in standing),
+        "labels": len(standing),
+        "failed": {found.label: [found.records, found.agreed, found.denied] for found in failed},
+    }
+    number = {label: code for code, label in enumerate(labels)}
+    return [number[found.label] for found in failed]
+
+
+def _write_sample(source: Path, chosen: np.ndarray, folder: Path) -> None:
+    start = 0
+    with atomic_path(folder) as temporary, ShardWriter(temporary, table_schema(source)) as writer:
+        for batch in read_batches(source):
+            writer.write(batch.filter(pa.array(chosen[start : start + batch.num_rows])))
+            start += batch.num_rows
+
+
+def _fix_token_budget(part: Job, engine: Any) -> None:
+    """Judges with the budget of the first start, so that a restart with other memory gives the same scores."""
+    path = part.folder / "token_budget.json"
+    if path.exists():
+        engine.token_budget = read_json(path)
+    else:
+        write_json(path, engine.fix_token_budget())
 
 
 def _note(job: Job, labels: list[str], before: np.ndarray, after: np.ndarray) -> None:
