@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from slmfast import __version__
+from slmfast.engines.settings import HTTP
 from slmfast.errors import UserError
 from slmfast.job import Counts, Job, resolve_model
 from slmfast.recipe import STAGES, TRAINED, Recipe, dump_recipe
@@ -124,7 +125,7 @@ def make_job(name: str, recipe: Recipe, run_dir: Path) -> Job:
 def job_key(job: Job) -> str:
     """A hash of everything that a stage's outputs depend on."""
     module = stage_module(job.stage)
-    models = {role: model_digest(Path(job.model(role))) for role in module.MODELS}
+    models = {role: _model_identity(job, role) for role in module.MODELS}
     return digest(
         {
             "stage": job.stage,
@@ -132,11 +133,18 @@ def job_key(job: Job) -> str:
             "settings": dataclasses.asdict(job.settings),
             "seed": job.recipe.seed,
             "models": models,
-            "engine": job.recipe.models.engine if module.MODELS else None,
             "inputs": _input_digests(job),
             "files": module.files(job) if hasattr(module, "files") else None,
         }
     )
+
+
+def _model_identity(job: Job, role: str) -> list[Any]:
+    """What a role's replies depend on: of a server not its address, nor how often or how fast it is asked."""
+    engine, folder = job.recipe.engine(role), Path(job.model(role))
+    if role == "base" or engine.kind not in HTTP:
+        return ["local" if role == "base" else engine.kind, model_digest(folder)]
+    return [engine.kind, model_digest(folder, weights=False), engine.model, engine.window, engine.extra]
 
 
 def _input_digests(job: Job) -> dict[str, str]:
