@@ -27,8 +27,11 @@ class Server:
         self.slots = asyncio.Semaphore(options.get("slots", 1_000_000))
         self.engine = None
         if "model" in options:
+            import torch
+
             from slmfast.engines import open_engine
 
+            torch.set_num_threads(1)
             self.engine = open_engine("local", options["model"], threads=1)
 
     def fault(self):
