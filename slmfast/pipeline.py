@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from slmfast import __version__
-from slmfast.engines.settings import HTTP
+from slmfast.engines.settings import HTTP, secret
 from slmfast.errors import UserError
 from slmfast.job import Counts, Job, resolve_model
 from slmfast.recipe import STAGES, TRAINED, Recipe, dump_recipe
@@ -75,9 +75,11 @@ def run(recipe: Recipe, run_dir: Path, last: str | None = None) -> dict[str, Any
 
 
 def check_later_stages(recipe: Recipe, run_dir: Path) -> None:
-    """Raises UserError for what would stop a run later on: models, raw files, rules, tasks that are not there."""
+    """Raises UserError for what would stop a run later on: models, keys, raw files, rules, tasks that are not there."""
     for role in ("base", "large", "small", "judge"):
         resolve_model(recipe, role, run_dir)
+        if role != "base":
+            secret(recipe.engine(role), f"engines.{recipe.engine_role(role)}")
     raw_is_ours = recipe.world is not None  # and not written yet
     for name in ("categorize", "evaluate") if raw_is_ours else ("collect", "categorize", "evaluate"):
         stage_module(name).files(make_job(name, recipe, run_dir))

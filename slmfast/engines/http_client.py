@@ -9,7 +9,6 @@ they would not be answered otherwise the next time.
 import asyncio
 import email.utils
 import json
-import os
 import random
 import threading
 import time
@@ -20,7 +19,7 @@ from typing import Any, TypeVar
 
 import aiohttp
 
-from slmfast.engines.settings import EngineSettings
+from slmfast.engines.settings import EngineSettings, secret
 from slmfast.errors import UserError
 
 T = TypeVar("T")
@@ -64,23 +63,14 @@ class HttpClient:
         self.settings, self.key = settings, key
         self.url = str(settings.base_url).rstrip("/")
         self.failures: Counter[str] = Counter()  # tries that came to nothing, by kind
-        self._headers = self._authorization()
+        held = secret(settings, key)
+        self._headers = {"Authorization": f"Bearer {held}"} if held else {}
         self._loop = asyncio.new_event_loop()
         self._slots = asyncio.Semaphore(settings.concurrency)
         self._session: aiohttp.ClientSession | None = None
         self._over: UserError | None = None
         self._thread = threading.Thread(target=self._loop.run_forever, name=f"requests of {key}", daemon=True)
         self._thread.start()
-
-    def _authorization(self) -> dict[str, str]:
-        name = self.settings.api_key
-        if name is None:
-            return {}
-        if not os.environ.get(name):
-            raise UserError(
-                f"recipe key {self.key}.api_key: the environment variable {name} is not set: put the key there"
-            )
-        return {"Authorization": f"Bearer {os.environ[name].strip()}"}
 
     def run(self, work: Coroutine[Any, Any, T]) -> "Future[T]":
         """Starts a coroutine in the client's thread."""

@@ -1,5 +1,6 @@
 """How a role's engine is set up in a recipe: its kind and, for a server, where it is and how it is asked."""
 
+import os
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -50,6 +51,20 @@ class EngineSettings:
 
 
 _URL_REMEDY = "give the server's address, such as http://127.0.0.1:8000/v1, without a user or password"
+
+
+def secret(settings: EngineSettings, key: str) -> str | None:
+    """The API key of a server, None where none is named. Raises UserError where its environment variable is not set.
+
+    Args:
+        key: the recipe's section of these settings, for the message.
+    """
+    name = settings.api_key
+    if name is None:
+        return None
+    value = os.environ.get(name, "").strip()
+    _require(bool(value), f"recipe key {key}.api_key", f"the environment variable {name} is not set: put the key there")
+    return value
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -218,3 +218,11 @@ def test_a_recipe_with_servers_comes_back_from_its_own_text(tmp_path):
     recipe = load_recipe(MINIATURE, [f"engines.large={server}"])
     (tmp_path / "copy.yaml").write_text(dump_recipe(recipe))
     assert load_recipe(tmp_path / "copy.yaml") == recipe
+
+
+def test_a_key_that_is_not_set_stops_a_run_before_it_starts(tmp_path):
+    server = "{kind: openai, base_url: 'http://x/v1', model: m, tokenizer: 'builtin:large', api_key: SLMFAST_NO_KEY}"
+    recipe = load_recipe(MINIATURE, [f"engines.large={server}"])
+    with pytest.raises(UserError, match=r"engines\.large\.api_key: the environment variable SLMFAST_NO_KEY is not set"):
+        pipeline.run(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
