@@ -171,9 +171,16 @@ def _run_alone(arguments: Namespace, recipe: Recipe, stage: str, inputs: dict[st
         print(f"{stage}: up to date")
     else:
         for role in pipeline.model_roles(job):
-            print(f"{stage}: the {role} model is {job.model(role)} (models.{role})")
+            print(f"{stage}: the {role} model is {_whereabouts(job, role)}")
         pipeline.run_stage(job)
     pipeline.accompany(job)
+
+
+def _whereabouts(job: Job, role: str) -> str:
+    engine, folder = job.recipe.engine(role), job.model(role)
+    if engine.base_url is None:
+        return f"{folder} (models.{role})"
+    return f"{engine.model} at {engine.base_url} (engines.{job.recipe.engine_role(role)})"
 
 
 def train(arguments: Namespace) -> None:

@@ -1,7 +1,9 @@
 """What a stage is given, and the two ways in which stages walk through rows: as a stream, or in units of work."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,6 +11,8 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from slmfast.engines import Engine, open_engine
+from slmfast.engines.settings import HTTP
 from slmfast.errors import UserError
 from slmfast.progress import Progress
 from slmfast.recipe import Recipe, expand
@@ -69,18 +73,38 @@ class Job:
         return folder / table if (folder / table).is_dir() or table != "records" else folder
 
     def model(self, role: str) -> str:
-        """The folder of the model in a role: base, large, small or judge."""
+        """The folder of the model in a role: base, large, small or judge; of a server's model, its tokenizer's."""
         return resolve_model(self.recipe, role, self.run_dir)
+
+    def model_name(self, role: str) -> str:
+        """What the recipe calls the model in a role; on a server, the server's name of it."""
+        return self.recipe.engine(role).model or getattr(self.recipe.models, role) or self.recipe.models.large
+
+    @contextmanager
+    def engine(self, role: str) -> Iterator[Engine]:
+        """The engine of the model in a role. What it has to say of its work goes into the manifest's notes."""
+        key = f"engines.{self.recipe.engine_role(role)}"
+        store = self.work / f"replies-{role}.sqlite"
+        engine = open_engine(self.recipe.engine(role), self.model(role), role=role, key=key, store=store)
+        try:
+            yield engine
+            if notes := engine.notes():
+                self.notes.setdefault("engines", {})[role] = notes
+        finally:
+            engine.close()
 
 
 def resolve_model(recipe: Recipe, role: str, run_dir: Path) -> str:
     """The folder of the model that a recipe gives a role; a hub model is fetched first.
 
-    Raises UserError where there is no such model.
+    Of a model that a server runs it is the tokenizer's folder. Raises UserError where there is no such model.
     """
+    served = role != "base" and recipe.engine(role).kind in HTTP
     key = f"models.{role}"
     name = getattr(recipe.models, role)
-    if role == "judge" and name is None:
+    if served:
+        key, name = f"engines.{recipe.engine_role(role)}.tokenizer", recipe.engine(role).tokenizer
+    elif role == "judge" and name is None:
         key, name = "models.large", recipe.models.large
     if name.startswith(BUILTIN):
         folder = BUILTIN_MODELS / name.removeprefix(BUILTIN)
@@ -97,16 +121,16 @@ def resolve_model(recipe: Recipe, role: str, run_dir: Path) -> str:
     # "owner/name" may be a hub name; anything that looks like a path must exist.
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise UserError(f"recipe key {key}: no model at {name}; give a model folder, a hub name or {BUILTIN}large")
-    return download_model(name, key)
+    return download_model(name, key, weights=not served)
 
 
 @functools.cache
-def download_model(name: str, key: str) -> str:
+def download_model(name: str, key: str, weights: bool = True) -> str:
     """The local folder of a hub model, "owner/name" or "owner/name@revision", fetched if it isn't in the cache yet."""
     from huggingface_hub import snapshot_download
 
     repository, _, revision = name.partition("@")
-    patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt"]  # no pickled weights
+    patterns = ["*.json", "*.jinja", "*.txt"] + (["*.safetensors"] if weights else [])  # no pickled weights
     try:
         return snapshot_download(repository, revision=revision or None, allow_patterns=patterns)
     except Exception as error:  # the hub's client raises many kinds; the user needs one line about the model
@@ -137,32 +161,73 @@ def rebatch(table: Path, rows: int) -> Iterator[pa.Table]:
         yield pa.Table.from_batches(pending)
 
 
-Unit = Callable[[list[dict[str, Any]]], tuple[list[dict[str, Any]], list[dict[str, Any]]]]
+Rows = list[dict[str, Any]]
 
 
-def run_units(job: Job, source: Path, columns: list[pa.Field], rows: int, work: Unit, first_dropped: int = 0) -> None:
+class _Unit(NamedTuple):
+    number: int
+    rows: int
+    given: tuple[Rows, Any] | None  # its rows and what `begin` made of them; None where it is done
+
+
+def run_units(
+    job: Job,
+    source: Path,
+    columns: list[pa.Field],
+    rows: int,
+    work: Callable[[Rows, Any], tuple[Rows, Rows]],
+    first_dropped: int = 0,
+    *,
+    begin: Callable[[Rows], Any] = lambda rows: None,
+    engines: Sequence[Engine] = (),
+) -> None:
     """Puts a table through `work` in units of `rows` rows, each of which is written whole or not at all.
 
-    `work` takes rows as dictionaries and gives the rows to keep, with the new `columns` filled in, and rows for the
-    `dropped` table. Unit i becomes shard i of `records` and shard `first_dropped` + i of `dropped`. Units that an
-    earlier, broken run has finished stay as they are, so a unit must be a function of its own rows alone.
+    `work` takes rows as dictionaries, with what `begin` gave for them, and gives the rows to keep, with the new
+    `columns` filled in, and rows for the `dropped` table. Unit i becomes shard i of `records` and shard
+    `first_dropped` + i of `dropped`. Units that an earlier, broken run has finished stay as they are, so a unit must
+    be a function of its own rows alone. `begin` is called some units ahead, as far as the engines want to be told, so
+    that a server never waits for a unit's slowest reply.
     """
     schema = table_schema(source)
     for column in columns:
         schema = schema.append(column)
-    progress = Progress(job.stage, count_rows(source))
-    for number, table in enumerate(rebatch(source, rows)):
-        kept_path = shard_path(job.table("records"), number)
-        if not kept_path.exists():
-            kept, dropped = work(table.to_pylist())
-            # The dropped rows first: that the unit's records exist says that all of it does.
-            dropped_path = shard_path(job.table("dropped"), first_dropped + number)
-            write_table(dropped_path, pa.Table.from_pylist(dropped, schema=DROPPED_SCHEMA))
-            write_table(kept_path, pa.Table.from_pylist(kept, schema=schema))
-        progress.add(table.num_rows)
+
+    def states() -> str:
+        return "; ".join(filter(None, (engine.state() for engine in engines)))
+
+    progress = Progress(job.stage, count_rows(source), about=states)
+    for engine in engines:
+        engine.waiting = progress.show
+
+    def begun() -> Iterator[_Unit]:
+        for number, table in enumerate(rebatch(source, rows)):
+            done = shard_path(job.table("records"), number).exists()
+            yield _Unit(number, table.num_rows, None if done else (unit := table.to_pylist(), begin(unit)))
+
+    for unit in _looked_ahead(begun(), max((engine.ahead for engine in engines), default=0)):
+        if unit.given is None:
+            progress.skip(unit.rows)
+            continue
+        kept, dropped = work(*unit.given)
+        # The dropped rows first: that the unit's records exist says that all of it does.
+        dropped_path = shard_path(job.table("dropped"), first_dropped + unit.number)
+        write_table(dropped_path, pa.Table.from_pylist(dropped, schema=DROPPED_SCHEMA))
+        write_table(shard_path(job.table("records"), unit.number), pa.Table.from_pylist(kept, schema=schema))
+        progress.add(unit.rows)
     progress.close()
     if not shard_path(job.table("records"), 0).exists():
         write_table(shard_path(job.table("records"), 0), pa.Table.from_pylist([], schema=schema))
+
+
+def _looked_ahead(units: Iterable[_Unit], rows: int) -> Iterator[_Unit]:
+    """The units in order, each given when at least `rows` rows of later ones are begun."""
+    queue: deque[_Unit] = deque()
+    for unit in units:
+        queue.append(unit)
+        while queue and (queue[0].given is None or sum(u.rows for u in queue if u.given) - queue[0].rows >= rows):
+            yield queue.popleft()
+    yield from queue
 
 
 def unit_counts(job: Job, source: Path) -> Counts:

@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from slmfast import __version__
+from slmfast.engines.settings import HTTP, secret
 from slmfast.errors import UserError
 from slmfast.job import Counts, Job, resolve_model
 from slmfast.recipe import STAGES, TRAINED, Recipe, dump_recipe
@@ -75,9 +76,11 @@ def run(recipe: Recipe, run_dir: Path, last: str | None = None) -> dict[str, Any
 
 
 def check_later_stages(recipe: Recipe, run_dir: Path) -> None:
-    """Raises UserError for what would stop a run later on: models, raw files, rules, tasks that are not there."""
+    """Raises UserError for what would stop a run later on: models, keys, raw files, rules, tasks that are not there."""
     for role in ("base", "large", "small", "judge"):
         resolve_model(recipe, role, run_dir)
+        if role != "base":
+            secret(recipe.engine(role), f"engines.{recipe.engine_role(role)}")
     raw_is_ours = recipe.world is not None  # and not written yet
     own = ("categorize", "evaluate")
     for name in own if raw_is_ours else ("collect", "align", *own):
@@ -132,7 +135,7 @@ def model_roles(job: Job) -> tuple[str, ...]:
 def job_key(job: Job) -> str:
     """A hash of everything that a stage's outputs depend on."""
     module = stage_module(job.stage)
-    models = {role: model_digest(Path(job.model(role))) for role in model_roles(job)}
+    models = {role: _model_identity(job, role) for role in model_roles(job)}
     return digest(
         {
             "stage": job.stage,
@@ -140,11 +143,18 @@ def job_key(job: Job) -> str:
             "settings": dataclasses.asdict(job.settings),
             "seed": job.recipe.seed,
             "models": models,
-            "engine": job.recipe.models.engine if models else None,
             "inputs": _input_digests(job),
             "files": module.files(job) if hasattr(module, "files") else None,
         }
     )
+
+
+def _model_identity(job: Job, role: str) -> list[Any]:
+    """What a role's replies depend on: of a server not its address, nor how often or how fast it is asked."""
+    engine, folder = job.recipe.engine(role), Path(job.model(role))
+    if role == "base" or engine.kind not in HTTP:
+        return ["local" if role == "base" else engine.kind, model_digest(folder)]
+    return [engine.kind, model_digest(folder, weights=False), engine.model, engine.window, engine.extra]
 
 
 def _input_digests(job: Job) -> dict[str, str]:

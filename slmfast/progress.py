@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -14,25 +14,36 @@ PLAIN_INTERVAL = 15.0  # seconds between two lines in a log
 class Progress:
     """Counts work done and shows the rate and, where the total is known, the time left."""
 
-    def __init__(self, label: str, total: int | None = None, unit: str = "rows"):
-        self.label, self.total, self.unit = label, total, unit
-        self.done = 0
+    def __init__(self, label: str, total: int | None = None, unit: str = "rows", about: Callable[[], str] = lambda: ""):
+        """`about` gives words for the end of the line, or none."""
+        self.label, self.total, self.unit, self.about = label, total, unit, about
+        self.done = self.skipped = 0
         self._terminal = sys.stderr.isatty()
         self._start = self._shown = time.monotonic()
 
     def add(self, amount: int = 1) -> None:
         """Notes that `amount` more units are done."""
         self.done += amount
+        self.show()
+
+    def skip(self, amount: int) -> None:
+        """Notes that `amount` units were done by an earlier run: they say nothing about the rate."""
+        self.skipped += amount
+        self.add(amount)
+
+    def show(self) -> None:
+        """Shows the line anew if it is time to."""
         now = time.monotonic()
         if now - self._shown >= (TERMINAL_INTERVAL if self._terminal else PLAIN_INTERVAL):
             self._shown = now
             self._show(now)
 
     def _show(self, now: float) -> None:
-        rate = self.done / max(now - self._start, 1e-9)
+        rate = (self.done - self.skipped) / max(now - self._start, 1e-9)
         of = f"/{self.total:,}" if self.total else ""
         left = f", {_duration((self.total - self.done) / rate)} left" if self.total and rate > 0 else ""
-        line = f"{self.label}: {self.done:,}{of} {self.unit}, {rate:,.{0 if rate >= 10 else 2}f}/s{left}"
+        about = f"; {text}" if (text := self.about()) else ""
+        line = f"{self.label}: {self.done:,}{of} {self.unit}, {rate:,.{0 if rate >= 10 else 2}f}/s{left}{about}"
         print(f"\r\x1b[K{line}" if self._terminal else line, end="" if self._terminal else "\n", file=sys.stderr)
         sys.stderr.flush()
 

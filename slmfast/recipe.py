@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from slmfast.engines import ENGINES
+from slmfast.engines.settings import ENGINES, HTTP, Engines, EngineSettings
 from slmfast.errors import UserError
 from slmfast.training.settings import TrainSettings
 
@@ -63,7 +63,7 @@ class Models:
     large: str = "builtin:large"  # writes the large replies and the labels
     small: str = "builtin:small"  # writes the small replies
     judge: str | None = None  # rates replies; the large model unless named
-    engine: str = "local"  # who runs them: local (transformers)
+    engine: str = "local"  # who runs them where `engines` says nothing else: local (transformers) or openai (a server)
 
     def __post_init__(self) -> None:
         _require(self.engine in ENGINES, "models.engine", f"use {' or '.join(ENGINES)}")
@@ -232,6 +232,7 @@ class Recipe:
     threads: int | None = None  # of compute; all cores unless given
     world: World | None = None  # the miniature's raw files, written before collect
     models: Models = field(default_factory=Models)
+    engines: Engines = field(default_factory=Engines)
     collect: Collect = field(default_factory=Collect)
     categorize: Categorize = field(default_factory=Categorize)
     dedup: Dedup = field(default_factory=Dedup)
@@ -250,6 +251,36 @@ class Recipe:
         _require(valid, "name", "use letters, digits, dots, dashes and underscores: it names the run's folder")
         _require(0 <= self.seed < 2**32, "seed", "give a whole number from 0 to 4294967295")
         _require(self.threads is None or self.threads > 0, "threads", "give a positive number, or null for all cores")
+        for role in ("large", "small", "judge"):
+            self._check_server(role)
+
+    def engine(self, role: str) -> EngineSettings:
+        """The engine of the model in a role, `kind` and, for a server, `model` and `tokenizer` filled in."""
+        role = self.engine_role(role)
+        given = getattr(self.engines, role) or EngineSettings()
+        name = getattr(self.models, role) or self.models.large
+        kind = given.kind or self.models.engine
+        if kind not in HTTP:
+            return EngineSettings(kind=kind)
+        return dataclasses.replace(given, kind=kind, model=given.model or name, tokenizer=given.tokenizer or name)
+
+    def engine_role(self, role: str) -> str:
+        """The role whose keys say who runs a role: its own, or large for a judge that is named nowhere."""
+        unnamed = role == "judge" and self.models.judge is None and self.engines.judge is None
+        return "large" if unnamed else role
+
+    def _check_server(self, role: str) -> None:
+        """A server needs an address, and a model and tokenizer that are not the built-in ones by default."""
+        settings = self.engine(role)
+        key = f"engines.{self.engine_role(role)}"
+        given = getattr(self.engines, self.engine_role(role)) or EngineSettings()
+        if settings.kind not in HTTP:
+            _require(given.base_url is None, f"{key}.kind", f"say {' or '.join(HTTP)}, or name no base_url")
+            return
+        _require(settings.base_url is not None, f"{key}.base_url", "name the server, such as http://127.0.0.1:8000/v1")
+        builtin = (getattr(self.models, role) or self.models.large).startswith("builtin:")
+        for name, what in (("model", "the name that the server knows the model by"), ("tokenizer", "its tokenizer")):
+            _require(not builtin or getattr(given, name) is not None, f"{key}.{name}", f"give {what}")
 
     def require_complete(self, last: str | None = None) -> None:
         """Raises UserError where a run up to stage `last` has nothing to read or nothing to answer."""
@@ -320,6 +351,8 @@ def build(kind: Any, value: Any, key: str) -> Any:
     if origin is dict:
         _require(isinstance(value, dict), key, f"give a mapping, not {value!r}")
         return {str(name): build(typing.get_args(kind)[1], item, f"{key}.{name}") for name, item in value.items()}
+    if kind is Any:
+        return value
     if dataclasses.is_dataclass(kind):
         return _build_dataclass(kind, value, key)
     if kind is float and isinstance(value, str | int) and not isinstance(value, bool):

@@ -253,9 +253,10 @@ def _file_digest(path: Path, size: int, modified: int, inode: int) -> str:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
-def model_digest(folder: Path) -> str:
-    """A hash of all files of a model folder."""
+def model_digest(folder: Path, *, weights: bool = True) -> str:
+    """A hash of all files of a model folder, or of all but its weights."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+    files = [path for path in files if weights or path.suffix != ".safetensors"]
     return digest([[str(path.relative_to(folder)), file_digest(path)] for path in files])
 
 

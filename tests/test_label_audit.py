@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from slmfast import label_audit, pipeline
+from slmfast import job, label_audit, pipeline
 from slmfast.errors import UserError
 from slmfast.job import Job
 from slmfast.labels import parse_label
@@ -39,9 +39,20 @@ class Judge:
     def __init__(self):
         self.asked, self.token_budget, self.calls_left = [], None, 99
 
+    ahead = 0
+
     def fix_token_budget(self):
         self.token_budget = 7
         return 7
+
+    def state(self):
+        return ""
+
+    def notes(self):
+        return {}
+
+    def close(self):
+        pass
 
     def choose(self, prompts, choices):
         self.calls_left -= 1
@@ -68,7 +79,7 @@ def folder(tmp_path):
 @pytest.fixture
 def judge(monkeypatch):
     judge = Judge()
-    monkeypatch.setattr(diversify, "open_engine", lambda kind, model: judge)
+    monkeypatch.setattr(job, "open_engine", lambda engine, model, **settings: judge)
     return judge
 
 

@@ -74,6 +74,7 @@ def record(n: int) -> dict:
     row = {"id": f"{n:032x}", "source": "dolly" if n % 3 else "belle", "source_row": n, "source_category": None}
     row |= {"language": "en" if n % 2 else "zh", "prompt": prompt, "reply": f"reply {n}"}
     row |= {"category": HOSTILE if n == 1 else "math", "rule_id": "m1", "label": "Math-Addition", "label_reply": "x"}
+    row["label_generation"] = {"model": "m", "parameters": "{}", "seed": 0, "tokens": 2, "finish_reason": "stop"}
     texts = (("original", f"reply {n}"), ("large", HOSTILE), ("small", "???"))
     row["replies"] = [{"origin": o, "text": t, "finish_reason": "length" if o == "small" else "stop"} for o, t in texts]
     grades = ((1.0, 0.5, 0.5), (1.0, 1.0, 2.0), (0.0, None, None))

@@ -1,8 +1,9 @@
 """What every engine serves, whoever runs the model."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -11,27 +12,71 @@ Message = dict[str, str]
 Prompt = str | Sequence[Message]  # a str is one user turn
 
 
+FinishReason = Literal["stop", "length", "content_filter", "refusal"]
+
+# What is kept with every reply, whoever wrote it.
+GENERATION_FIELDS = [
+    ("finish_reason", pa.string()),  # stop; length: cut by max_new_tokens; content_filter or refusal: a server's word
+    ("model", pa.string()),  # as the recipe, or the server, calls it
+    ("parameters", pa.string()),  # of the request, in JSON
+    ("seed", pa.int64()),  # that the reply was drawn with
+    ("tokens", pa.int64()),  # generated ones, the closing one included
+]
+
+
 @dataclass(frozen=True)
 class Generation:
-    """One reply: its text without special tokens or surrounding white space, and why it ended."""
+    """One reply: its text without special tokens or surrounding white space, and how it came about."""
 
     text: str
-    finish_reason: Literal["stop", "length"]  # the model closed it, or max_new_tokens cut it off
+    finish_reason: FinishReason  # why it ended
     tokens: int  # how many were generated, the closing one included
+    seed: int = 0  # what it was drawn with
+    parameters: str = "{}"  # how, in JSON
+
+    def fields(self, model: str) -> dict[str, Any]:
+        """The values of GENERATION_FIELDS."""
+        kept = {name: getattr(self, name) for name in ("finish_reason", "parameters", "seed", "tokens")}
+        return kept | {"model": model}
+
+
+def describe_parameters(**parameters: Any) -> str:
+    """Parameters of a generation in JSON, the same text for the same values."""
+    return json.dumps(parameters, ensure_ascii=False, sort_keys=True)
 
 
 class Engine(Protocol):
-    """A model that answers and scores. Every result is a function of the arguments, in their order.
+    """A model that answers and scores. Every result is a function of the arguments, in their order; where a server
+    answers, of the replies that it once gave, which are kept.
 
     `token_budget` says how many tokens are scored together, where that is this side's matter: None until it is asked
     for or set. It falls where the memory does not hold that many, and scores made before differ from those after by
-    rounding.
+    rounding. `ahead` is how many prompts it wants to be told of, by `begin`, before they are due. `waiting` is called
+    now and then while a call waits for replies.
     """
 
     token_budget: int | None
+    ahead: int
+    waiting: Callable[[], None]
 
     def fix_token_budget(self) -> int | None:
         """The token budget, from the memory that is free now where none is set yet."""
+        ...
+
+    def begin(self, prompts: Sequence[Prompt], **options: Any) -> None:
+        """Says that `generate` will be called with the same arguments. It costs nothing where nothing comes of it."""
+        ...
+
+    def state(self) -> str:
+        """What it has done so far, in a few words, or none."""
+        ...
+
+    def notes(self) -> dict[str, Any]:
+        """What it has done, for a manifest; nothing where there is nothing to say."""
+        ...
+
+    def close(self) -> None:
+        """Gives back what it holds; whatever was begun and not waited for is broken off."""
         ...
 
     @property

@@ -1,7 +1,7 @@
 """The engine that runs a model here, on transformers: no server, any machine."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig
 
-from slmfast.engines.base import Generation, Prompt
+from slmfast.engines.base import Generation, Prompt, describe_parameters
 from slmfast.engines.decoding import Sampling, decode, uniforms
 from slmfast.errors import UserError
 from slmfast.scoring import choose, perplexity
@@ -41,6 +41,8 @@ class LocalEngine:
         UserError: there is no such model or tokenizer, or the tokenizer has no chat template.
     """
 
+    ahead = 0  # what is begun ahead would only be in the way
+
     def __init__(
         self,
         model: str | Path,
@@ -59,6 +61,7 @@ class LocalEngine:
         self.device, self.dtype, self.threads = device, dtype, threads
         self.token_budget, self.batch_size = token_budget, batch_size
         self.encoder = Encoder(load_tokenizer(self.name))
+        self.waiting: Callable[[], None] = lambda: None  # nothing here waits for others
 
     @cached_property
     def model(self) -> nn.Module:
@@ -105,8 +108,23 @@ class LocalEngine:
             draws = np.stack([uniforms(encoded[i], occurrences[i], max_new_tokens, seed) for i in order])
         with self._threads(), evaluating(self.model):
             tokens = decode(self.model, ids, self._ends, max_new_tokens, draws, sampling, slots=self.batch_size)
-        replies = dict(zip(order, map(self._generation, tokens), strict=True))
+        asked = describe_parameters(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
+        replies = {i: self._generation(reply, seed, asked) for i, reply in zip(order, tokens, strict=True)}
         return [replies[i] for i in range(len(encoded))]
+
+    def begin(self, prompts: Sequence[Prompt], **options: Any) -> None:
+        """Nothing: `generate` does the work when it is due."""
+
+    def state(self) -> str:
+        """Nothing: the stage's own figures tell it all."""
+        return ""
+
+    def notes(self) -> dict[str, Any]:
+        """Nothing, likewise."""
+        return {}
+
+    def close(self) -> None:
+        """Nothing: the weights go with the object."""
 
     def fix_token_budget(self) -> int:
         """See `Engine.fix_token_budget`."""
@@ -138,9 +156,10 @@ class LocalEngine:
         several = configured if isinstance(configured, list | tuple) else [configured]
         return frozenset([self.encoder.closing_token, *(token for token in several if token is not None)])
 
-    def _generation(self, tokens: list[int]) -> Generation:
+    def _generation(self, tokens: list[int], seed: int, parameters: str) -> Generation:
         text = self.encoder.tokenizer.decode(tokens, skip_special_tokens=True).strip()
-        return Generation(text, "stop" if tokens[-1] in self._ends else "length", len(tokens))
+        ended = "stop" if tokens[-1] in self._ends else "length"
+        return Generation(text, ended, len(tokens), seed, parameters)
 
     @contextmanager
     def _threads(self) -> Iterator[None]:

@@ -10,6 +10,7 @@ from slmfast.scoring.encoding import Encoder, Prompt, check_text, listed_prompts
 from slmfast.scoring.forward import continuation_logprobs
 from slmfast.scoring.loading import ModelLike, as_model, as_tokenizer, checked_window
 from slmfast.scoring.packing import Group
+from slmfast.scoring.perplexity import Score
 
 
 def choose(
@@ -47,23 +48,35 @@ def choose(
     several = [alike] * len(listed) if alike else _for_each(choices, len(listed))
     encoder = Encoder(as_tokenizer(tokenizer, model), template)
     model = as_model(model, device, dtype)
-    limit = checked_window(model, window)
-    prefixes = [prefix or [encoder.start_token()] for prefix in encoder.prompts(listed)]
-    distinct = alike or list(dict.fromkeys(choice for some in several for choice in some))
+
+    def score(groups: Sequence[Group]) -> list[np.ndarray]:
+        shown = "choices" if progress else None
+        return continuation_logprobs(model, groups, batch_tokens=batch_tokens, progress=shown, on_halved=on_halved)
+
+    scores = _scores(encoder, checked_window(model, window), listed, several, score)
+    return np.array(scores).reshape(len(scores), len(alike)) if alike else scores
+
+
+def scored_choices(
+    encoder: Encoder, window: int, prompts: Iterable[Prompt], choices: Iterable[Iterable[str]], score: Score
+) -> list[np.ndarray]:
+    """What `choose` gives for choices of each prompt's own, whoever gives the scores."""
+    listed = listed_prompts(prompts)
+    return _scores(encoder, window, listed, _for_each(choices, len(listed)), score)
+
+
+def _scores(
+    encoder: Encoder, limit: int, prompts: list[Prompt], several: list[list[str]], score: Score
+) -> list[np.ndarray]:
+    prefixes = [prefix or [encoder.start_token()] for prefix in encoder.prompts(prompts)]
+    distinct = list(dict.fromkeys(choice for some in several for choice in some))
     closed = dict(zip(distinct, ([*ids, encoder.closing_token] for ids in encoder.replies(distinct)), strict=True))
     groups = [Group(prefix, [closed[c] for c in some]) for prefix, some in zip(prefixes, several, strict=True)]
     readable = [i for i, group in enumerate(groups) if _length(group) <= limit]
     scores = [np.full(len(some), np.nan) for some in several]
-    logprobs = continuation_logprobs(
-        model,
-        [groups[i] for i in readable],
-        batch_tokens=batch_tokens,
-        progress="choices" if progress else None,
-        on_halved=on_halved,
-    )
-    for i, values in zip(readable, logprobs, strict=True):
+    for i, values in zip(readable, score([groups[i] for i in readable]), strict=True):
         scores[i] = values
-    return np.array(scores).reshape(len(scores), len(alike)) if alike else scores
+    return scores
 
 
 def _length(group: Group) -> int:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from slmfast.errors import UserError
@@ -13,6 +14,9 @@ from slmfast.scoring.encoding import Encoder, Prompt, check_text, listed_prompts
 from slmfast.scoring.forward import continuation_logprobs
 from slmfast.scoring.loading import ModelLike, as_model, as_tokenizer, checked_window
 from slmfast.scoring.packing import Group
+
+# Gives the natural log-probability of each whole continuation of each group.
+Score = Callable[[Sequence[Group]], list[np.ndarray]]
 
 SCHEMA = pa.schema(
     [
@@ -72,17 +76,35 @@ def perplexity(
     pairs = _paired(prompts, replies)
     encoder = Encoder(as_tokenizer(tokenizer, model), template)
     model = as_model(model, device, dtype)
+
+    def score(groups: Sequence[Group]) -> list[np.ndarray]:
+        shown = "perplexity" if progress else None
+        return continuation_logprobs(model, groups, batch_tokens=batch_tokens, progress=shown, on_halved=on_halved)
+
     limit = checked_window(model, window)
+    return _table(encoder, limit, pairs, score, unconditional=unconditional, slides=long == "slide")
+
+
+def scored_replies(
+    encoder: Encoder, window: int, prompts: Iterable[Prompt], replies: Iterable[Sequence[str | None]], score: Score
+) -> pa.Table:
+    """The table of `perplexity`, whoever gives the scores."""
+    return _table(encoder, window, _paired(prompts, replies), score, unconditional=False, slides=False)
+
+
+def _table(
+    encoder: Encoder,
+    limit: int,
+    pairs: list[tuple[Prompt, list[str | None]]],
+    score: Score,
+    *,
+    unconditional: bool,
+    slides: bool,
+) -> pa.Table:
     prefixes = _prefixes(encoder, [prompt for prompt, _ in pairs], unconditional)
     closed = _closed_replies(encoder, [several for _, several in pairs])
-    planned = list(_groups(prefixes, closed, limit, slides=long == "slide"))
-    scores = continuation_logprobs(
-        model,
-        [group for group, _ in planned],
-        batch_tokens=batch_tokens,
-        progress="perplexity" if progress else None,
-        on_halved=on_halved,
-    )
+    planned = list(_groups(prefixes, closed, limit, slides=slides))
+    scores = score([group for group, _ in planned])
     totals: dict[tuple[int, int], float] = {}
     for (_, owners), values in zip(planned, scores, strict=True):
         for owner, value in zip(owners, values.tolist(), strict=True):

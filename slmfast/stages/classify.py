@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from slmfast.engines import open_engine
-from slmfast.engines.base import Engine
+from slmfast.engines.base import GENERATION_FIELDS, Engine
 from slmfast.job import Counts, Job, dropped_row, run_units
 from slmfast.labels import parse_label
 from slmfast.prompts import label_prompt
@@ -19,7 +18,11 @@ from slmfast.store import ROWS_PER_SHARD, ShardWriter, atomic_path, count_rows, 
 INPUTS = ("dedup",)
 MODELS = ("large",)
 
-COLUMNS = [pa.field("label", pa.string(), nullable=False), pa.field("label_reply", pa.string(), nullable=False)]
+COLUMNS = [
+    pa.field("label", pa.string(), nullable=False),
+    pa.field("label_reply", pa.string(), nullable=False),
+    pa.field("label_generation", pa.struct(GENERATION_FIELDS), nullable=False),  # how `label_reply` came about
+]
 RETRY_TEMPERATURE = 0.7  # asked again greedily, a model would say the same again
 
 
@@ -27,8 +30,17 @@ def run(job: Job) -> Counts:
     """Adds `label`, and `label_reply`, the words it was read from; what can't be labelled goes to `dropped`."""
     everything = job.input("dedup")
     source, first_dropped = _sample(job, everything)
-    engine = open_engine(job.recipe.models.engine, job.model("large"))
-    run_units(job, source, COLUMNS, job.settings.unit_rows, lambda rows: _label_rows(job, engine, rows), first_dropped)
+    with job.engine("large") as engine:
+        run_units(
+            job,
+            source,
+            COLUMNS,
+            job.settings.unit_rows,
+            lambda rows, asked: _label_rows(job, engine, rows, asked),
+            first_dropped,
+            begin=lambda rows: _ask(job, engine, rows),
+            engines=[engine],
+        )
     return Counts(count_rows(everything), count_rows(job.table("records")), count_rows(job.table("dropped")))
 
 
@@ -61,31 +73,38 @@ def _split(job: Job, everything: Path, keep: np.ndarray, folder: Path) -> None:
             dropped.write([dropped_row(job.stage, row, reason) for row in gone.to_pylist()])
 
 
-def _label_rows(
-    job: Job, engine: Engine, rows: list[dict[str, Any]]
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def _ask(job: Job, engine: Engine, rows: list[dict[str, Any]]) -> tuple[list[Any], list[bool]]:
+    """Begins to label rows; gives their prompts, and which of them fit in the model's window."""
     prompts = [label_prompt(prompt_text(row["prompt"])) for row in rows]
     room = engine.window - job.settings.max_new_tokens
     fits = [tokens <= room for tokens in engine.count_tokens(prompts)]
+    engine.begin([prompt for prompt, fit in zip(prompts, fits, strict=True) if fit], **_options(job, 0.0))
+    return prompts, fits
+
+
+def _options(job: Job, temperature: float) -> dict[str, Any]:
+    return {"max_new_tokens": job.settings.max_new_tokens, "temperature": temperature, "seed": job.recipe.seed}
+
+
+def _label_rows(
+    job: Job, engine: Engine, rows: list[dict[str, Any]], begun: tuple[list[Any], list[bool]]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    prompts, fits = begun
     asked = [i for i, fit in enumerate(fits) if fit]
-    labels = dict.fromkeys(range(len(rows)), (None, ""))
+    labels: dict[int, dict[str, Any]] = {}
     for temperature in (0.0, RETRY_TEMPERATURE):
-        replies = engine.generate(
-            [prompts[i] for i in asked],
-            max_new_tokens=job.settings.max_new_tokens,
-            temperature=temperature,
-            seed=job.recipe.seed,
-        )
+        replies = engine.generate([prompts[i] for i in asked], **_options(job, temperature))
         for i, reply in zip(asked, replies, strict=True):
-            labels[i] = parse_label(reply.text), reply.text
-        asked = [i for i in asked if labels[i][0] is None]
+            if (label := parse_label(reply.text)) is not None:
+                how = reply.fields(job.model_name("large"))
+                labels[i] = {"label": label, "label_reply": reply.text, "label_generation": how}
+        asked = [i for i in asked if i not in labels]
         if not asked:
             break
     kept, dropped = [], []
     for i, row in enumerate(rows):
-        label, reply = labels[i]
-        if label is not None:
-            kept.append(row | {"label": label, "label_reply": reply})
+        if i in labels:
+            kept.append(row | labels[i])
         else:
             reason = "unparsed label" if fits[i] else f"over the labelling model's window of {engine.window} tokens"
             dropped.append(dropped_row(job.stage, row, reason))

@@ -12,7 +12,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from slmfast import label_audit
-from slmfast.engines import open_engine
 from slmfast.errors import UserError
 from slmfast.job import Counts, Job, dropped_row, run_units
 from slmfast.records import DROPPED_SCHEMA
@@ -99,9 +98,16 @@ def _audit(
     if not asked.exists():
         hashes = seeded_hashes(_texts(ids), job.recipe.seed, "label audit")
         _write_sample(source, label_audit.sample(codes, hashes, job.settings.audit), asked)
-    engine = open_engine(job.recipe.models.engine, job.model("judge"))
-    _fix_token_budget(part, engine)
-    run_units(part, asked, label_audit.COLUMNS, AUDIT_ROWS, lambda rows: (label_audit.judge_labels(engine, rows), []))
+    with job.engine("judge") as engine:
+        _fix_token_budget(part, engine)
+        run_units(
+            part,
+            asked,
+            label_audit.COLUMNS,
+            AUDIT_ROWS,
+            lambda rows, _: (label_audit.judge_labels(engine, rows), []),
+            engines=[engine],
+        )
     judged = read_table(part.table("records"), [*table_schema(source).names, "agrees", "yes_probability"]).to_pylist()
     threshold = job.settings.audit_threshold
     standing = label_audit.standings(judged, dict(zip(labels, counts.tolist(), strict=True)))

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from slmfast.engines import open_engine
 from slmfast.engines.base import Engine
 from slmfast.job import Counts, Job, run_units, unit_counts
 from slmfast.prompts import QUALITY_CHOICES, YES_NO, instruction_safety_prompt, quality_prompt, reply_safety_prompt
@@ -39,9 +38,16 @@ COLUMNS = [
 def run(job: Job) -> Counts:
     """Adds `instruction_safe` and `ratings`."""
     source = job.input("regenerate")
-    engine = open_engine(job.recipe.models.engine, job.model("judge"))
-    budget = TokenBudget(job, engine)
-    run_units(job, source, COLUMNS, job.settings.unit_rows, lambda rows: (budget.keep(rate_rows, rows), []))
+    with job.engine("judge") as engine:
+        budget = TokenBudget(job, engine)
+        run_units(
+            job,
+            source,
+            COLUMNS,
+            job.settings.unit_rows,
+            lambda rows, _: (budget.keep(rate_rows, rows), []),
+            engines=[engine],
+        )
     job.notes |= _count_unrated(job) | budget.notes
     return unit_counts(job, source)
 

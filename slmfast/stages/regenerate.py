@@ -3,12 +3,12 @@
 With the original each instruction then has three replies of different quality, from which the later stages choose.
 """
 
+from contextlib import ExitStack
 from typing import Any
 
 import pyarrow as pa
 
-from slmfast.engines import open_engine
-from slmfast.engines.base import Engine, Generation
+from slmfast.engines.base import GENERATION_FIELDS, Engine
 from slmfast.job import Counts, Job, dropped_row, run_units, unit_counts
 
 INPUTS = ("diversify",)
@@ -18,7 +18,7 @@ REPLY = pa.struct(
     [
         ("origin", pa.string()),  # original, large or small
         ("text", pa.string()),
-        ("finish_reason", pa.string()),  # stop, or length where the reply was cut by max_new_tokens
+        *GENERATION_FIELDS,  # of the original there is a finish reason alone, "stop"
     ]
 )
 COLUMNS = [pa.field("replies", pa.list_(REPLY), nullable=False)]
@@ -27,40 +27,54 @@ COLUMNS = [pa.field("replies", pa.list_(REPLY), nullable=False)]
 def run(job: Job) -> Counts:
     """Adds `replies`: the original, the large model's and the small model's, in this order."""
     source = job.input("diversify")
-    engines = {role: open_engine(job.recipe.models.engine, job.model(role)) for role in MODELS}
-    run_units(job, source, COLUMNS, job.settings.unit_rows, lambda rows: _answer_rows(job, engines, rows))
+    with ExitStack() as stack:
+        engines = {role: stack.enter_context(job.engine(role)) for role in MODELS}
+        run_units(
+            job,
+            source,
+            COLUMNS,
+            job.settings.unit_rows,
+            lambda rows, fits: _answer_rows(job, engines, rows, fits),
+            begin=lambda rows: _ask(job, engines, rows),
+            engines=list(engines.values()),
+        )
     return unit_counts(job, source)
 
 
-def _answer_rows(
-    job: Job, engines: dict[str, Engine], rows: list[dict[str, Any]]
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def _window(engines: dict[str, Engine]) -> int:
+    return min(engine.window for engine in engines.values())
+
+
+def _ask(job: Job, engines: dict[str, Engine], rows: list[dict[str, Any]]) -> list[bool]:
+    """Begins to answer rows with both models; says which of them fit in the windows."""
     prompts = [row["prompt"] for row in rows]
-    window = min(engine.window for engine in engines.values())
     lengths = [engine.count_tokens(prompts) for engine in engines.values()]
-    fits = [max(tokens) + job.settings.max_new_tokens <= window for tokens in zip(*lengths, strict=True)]
-    asked = [prompt for prompt, fit in zip(prompts, fits, strict=True) if fit]
-    replies = {role: iter(_generate(job, engine, asked)) for role, engine in engines.items()}
+    room = _window(engines) - job.settings.max_new_tokens
+    fits = [max(tokens) <= room for tokens in zip(*lengths, strict=True)]
+    for engine in engines.values():
+        engine.begin([prompt for prompt, fit in zip(prompts, fits, strict=True) if fit], **_options(job))
+    return fits
+
+
+def _options(job: Job) -> dict[str, Any]:
+    settings = job.settings
+    drawn = {"temperature": settings.temperature, "top_p": settings.top_p, "seed": job.recipe.seed}
+    return {"max_new_tokens": settings.max_new_tokens} | drawn
+
+
+def _answer_rows(
+    job: Job, engines: dict[str, Engine], rows: list[dict[str, Any]], fits: list[bool]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    asked = [row["prompt"] for row, fit in zip(rows, fits, strict=True) if fit]
+    replies = {role: iter(engine.generate(asked, **_options(job))) for role, engine in engines.items()}
     kept, dropped = [], []
     for row, fit in zip(rows, fits, strict=True):
         if fit:
-            original = {"origin": "original", "text": row["reply"], "finish_reason": "stop"}
-            kept.append(row | {"replies": [original, *(_reply(role, next(replies[role])) for role in MODELS)]})
+            answers = [{"origin": "original", "text": row["reply"], "finish_reason": "stop"}]
+            for role in MODELS:
+                reply = next(replies[role])
+                answers.append({"origin": role, "text": reply.text} | reply.fields(job.model_name(role)))
+            kept.append(row | {"replies": answers})
         else:
-            dropped.append(dropped_row(job.stage, row, f"over the reply models' window of {window} tokens"))
+            dropped.append(dropped_row(job.stage, row, f"over the reply models' window of {_window(engines)} tokens"))
     return kept, dropped
-
-
-def _generate(job: Job, engine: Engine, prompts: list[Any]) -> list[Generation]:
-    settings = job.settings
-    return engine.generate(
-        prompts,
-        max_new_tokens=settings.max_new_tokens,
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        seed=job.recipe.seed,
-    )
-
-
-def _reply(origin: str, generation: Generation) -> dict[str, str]:
-    return {"origin": origin, "text": generation.text, "finish_reason": generation.finish_reason}

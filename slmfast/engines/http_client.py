@@ -1,0 +1,204 @@
+"""Requests to a server that fails now and then: bounded in number, tried again, given up in one line.
+
+Tried again, after a pause that doubles from try to try and is drawn from its upper half so that requests that failed
+together don't come back together (exponential back-off with jitter): 408, 425, 429 (after its Retry-After), 5xx,
+time-outs, connections that are cut or refused, and answers that can't be read. Other refusals end the run at once:
+they would not be answered otherwise the next time.
+"""
+
+import asyncio
+import email.utils
+import json
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+import aiohttp
+
+from slmfast.engines.settings import EngineSettings, secret
+from slmfast.errors import UserError
+
+T = TypeVar("T")
+
+LONGEST_PAUSE = 60.0  # seconds, unless the server asks for more
+LONGEST_RETRY_AFTER = 600.0
+CONNECT_TIMEOUT = 30.0
+_AGAIN = {408, 425, 429}
+_NOT_AGAIN = {501, 505}
+
+
+class Unreadable(Exception):
+    """An answer that came but lacks what it must have."""
+
+
+class Refused(UserError):
+    """The server's no to a request; `status` is HTTP's."""
+
+    def __init__(self, message: str, status: int):
+        super().__init__(message)
+        self.status = status
+
+
+class _Failed(Exception):
+    """One try came to nothing; another may not."""
+
+    def __init__(self, kind: str, wait: float = 0.0):
+        super().__init__(kind)
+        self.kind, self.wait = kind, wait
+
+
+class HttpClient:
+    """Asks one server, from a thread of its own with an event loop.
+
+    Args:
+        settings: where it is, and how many requests, tries and seconds it gets.
+        key: the recipe's section of these settings, for messages.
+    """
+
+    def __init__(self, settings: EngineSettings, key: str):
+        self.settings, self.key = settings, key
+        self.url = str(settings.base_url).rstrip("/")
+        self.failures: Counter[str] = Counter()  # tries that came to nothing, by kind
+        held = secret(settings, key)
+        self._headers = {"Authorization": f"Bearer {held}"} if held else {}
+        self._loop = asyncio.new_event_loop()
+        self._slots = asyncio.Semaphore(settings.concurrency)
+        self._session: aiohttp.ClientSession | None = None
+        self._over: UserError | None = None
+        self._thread = threading.Thread(target=self._loop.run_forever, name=f"requests of {key}", daemon=True)
+        self._thread.start()
+
+    def run(self, work: Coroutine[Any, Any, T]) -> "Future[T]":
+        """Starts a coroutine in the client's thread."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def call(self, function: Callable[..., Any], *arguments: Any) -> None:
+        """Has a function called in the client's thread."""
+        self._loop.call_soon_threadsafe(function, *arguments)
+
+    async def post(self, path: str, body: dict[str, Any], read: Callable[[Any], T]) -> T:
+        """What `read` makes of the JSON answered to a request.
+
+        `read` raises Unreadable, KeyError, TypeError, IndexError or ValueError where something is missing: the answer
+        counts as none. Raises UserError where the request is refused or all tries are used up.
+        """
+        data = json.dumps(body, ensure_ascii=False).encode()
+        async with self._slots:
+            return await self._tried("POST", path, data, read)
+
+    async def get(self, path: str, read: Callable[[Any], T]) -> T:
+        """Likewise for a plain question."""
+        return await self._tried("GET", path, None, read)
+
+    async def _tried(self, method: str, path: str, data: bytes | None, read: Callable[[Any], T]) -> T:
+        for tries in range(1, self.settings.tries + 1):
+            if self._over is not None:
+                raise self._over
+            try:
+                return await self._try(method, path, data, read)
+            except _Failed as failure:
+                self.failures[failure.kind] += 1
+                last = failure
+            if tries < self.settings.tries:
+                pause = min(self.settings.backoff * 2 ** (tries - 1), LONGEST_PAUSE) * random.uniform(0.5, 1.0)
+                await asyncio.sleep(max(pause, last.wait))
+        raise self._given_up(
+            UserError(
+                f"{self.url}{path} failed {self.settings.tries} times, the last time with {last.kind} "
+                f"({self.key}.tries): see to the server and run again; every reply that came is kept"
+            )
+        )
+
+    async def _try(self, method: str, path: str, data: bytes | None, read: Callable[[Any], T]) -> T:
+        if self._session is None:
+            self._session = self._new_session()
+        headers = {"Content-Type": "application/json"} if data is not None else {}
+        try:
+            async with self._session.request(
+                method, self.url + path, data=data, headers=headers, allow_redirects=False
+            ) as answer:
+                body = await answer.read()
+        except TimeoutError:
+            raise _Failed("a time-out") from None
+        except aiohttp.ClientConnectorError as error:
+            raise _Failed(f"no connection ({error.strerror or error})") from None
+        except (aiohttp.ClientError, ConnectionError) as error:
+            raise _Failed(f"a cut connection ({type(error).__name__})") from None
+        if answer.status != 200:
+            self._refuse(path, answer.status, answer.headers.get("Retry-After"), body)
+        try:
+            return read(json.loads(body))
+        except (Unreadable, KeyError, TypeError, IndexError, ValueError):
+            raise _Failed("an answer that can't be read") from None
+
+    def _new_session(self) -> aiohttp.ClientSession:
+        limits = aiohttp.ClientTimeout(total=self.settings.timeout, sock_connect=CONNECT_TIMEOUT)
+        connector = aiohttp.TCPConnector(limit=self.settings.concurrency + 1)
+        return aiohttp.ClientSession(timeout=limits, connector=connector, headers=self._headers)
+
+    def _refuse(self, path: str, status: int, retry_after: str | None, body: bytes) -> None:
+        if status in _AGAIN or (status >= 500 and status not in _NOT_AGAIN):
+            raise _Failed(f"HTTP {status}", seconds_of(retry_after))
+        said = _said(body)
+        if status in (401, 403):
+            held = f"in {self.settings.api_key}" if self.settings.api_key else "(none is named)"
+            mend = f"recipe key {self.key}.api_key: {self.url} does not take the key {held}"
+        elif status == 404:
+            model = f"{self.key}.model {self.settings.model!r} and {self.key}.base_url"
+            mend = f"recipe keys {model}: one of them is unknown to {self.url}{path}"
+        else:
+            mend = f"recipe section {self.key}: {self.url}{path} refuses a request"
+        raise self._given_up(Refused(f"{mend} (HTTP {status}{': ' if said else ''}{said})", status))
+
+    def _given_up(self, error: UserError) -> UserError:
+        self._over = self._over or error
+        return error
+
+    def forgive(self) -> None:
+        """Goes on after a refusal that need not end the run."""
+        self._over = None
+
+    def close(self) -> None:
+        """Breaks off what is still asked, and ends the thread."""
+
+        async def end() -> None:
+            others = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in others:
+                task.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
+            if self._session is not None:
+                await self._session.close()
+
+        if self._thread.is_alive():
+            self.run(end()).result()
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
+
+
+def seconds_of(retry_after: str | None) -> float:
+    """The seconds that a Retry-After header asks for, which are a number or a date (RFC 9110, 10.2.3); 0 without."""
+    if retry_after is None:
+        return 0.0
+    try:
+        seconds = float(retry_after)
+    except ValueError:
+        date = email.utils.parsedate_tz(retry_after)
+        seconds = 0.0 if date is None else email.utils.mktime_tz(date) - time.time()
+    return min(max(seconds, 0.0), LONGEST_RETRY_AFTER) if seconds == seconds else 0.0
+
+
+def _said(body: bytes) -> str:
+    """What a server says of its no, in one short line."""
+    text = body.decode(errors="replace")
+    try:
+        answer = json.loads(text)
+        told = answer.get("error", answer) if isinstance(answer, dict) else answer
+        text = str(told.get("message", told)) if isinstance(told, dict) else str(told)
+    except ValueError:
+        pass  # plain text, or a page
+    return " ".join(text.split())[:200]

@@ -1,0 +1,317 @@
+"""The engine that asks a server that speaks OpenAI's protocol: vLLM, SGLang, llama.cpp's.
+
+Replies come from `/chat/completions`: the server renders the prompt with its own template. Scores come from
+`/completions` with the prompt as token ids, `echo` and `logprobs`, as lm-eval's `local-completions` asks for them.
+vLLM gives them; llama.cpp's server gives log-probabilities of generated tokens alone, which is noticed and refused.
+
+The law of same bytes begins at the stored replies: a server may answer the same request otherwise another time (batches
+of other sizes round otherwise), but no request is put again once its reply is stored.
+"""
+
+import asyncio
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import wait
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from transformers import AutoConfig
+
+from slmfast.engines.base import Generation, Prompt, describe_parameters
+from slmfast.engines.decoding import Sampling
+from slmfast.engines.http_client import HttpClient, Refused, Unreadable
+from slmfast.engines.reply_store import ReplyStore, StoredReply
+from slmfast.engines.settings import EngineSettings
+from slmfast.errors import UserError
+from slmfast.scoring.choices import scored_choices
+from slmfast.scoring.encoding import Encoder, check_text, listed_prompts
+from slmfast.scoring.loading import check_model_name, config_window, load_tokenizer
+from slmfast.scoring.packing import Group
+from slmfast.scoring.perplexity import scored_replies
+
+POLL = 0.2  # seconds between two looks at whether the replies are there
+FINISH_REASONS = {"stop": "stop", "length": "length", "content_filter": "content_filter", "eos_token": "stop"}
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """One request, and how its answer is read."""
+
+    key: bytes
+    path: str
+    body: dict[str, Any]
+    read: Callable[[Any], StoredReply]
+
+
+class OpenAIEngine:
+    """Generates and scores through a server.
+
+    Args:
+        settings: where the server is and how it is asked.
+        tokenizer: folder or hub name of the model's tokenizer, by which prompts are counted and scored texts encoded.
+        store: the file that keeps the replies.
+        role, key: the role and the recipe's section of `settings`, for messages.
+
+    Raises:
+        UserError: the key's environment variable is not set, or there is no such tokenizer.
+    """
+
+    def __init__(self, settings: EngineSettings, tokenizer: str | Path, *, store: Path, role: str, key: str):
+        self.settings, self.role, self.key = settings, role, key
+        self.ahead = 2 * settings.concurrency
+        self.token_budget: int | None = None
+        self.waiting: Callable[[], None] = lambda: None
+        self.name = check_model_name(tokenizer)
+        self.encoder = Encoder(load_tokenizer(self.name))
+        self.store = ReplyStore(store)
+        self.replies, self.tokens_in, self.tokens_out = self.store.totals()
+        self._found = self.replies  # of an earlier run
+        self._asked: dict[bytes, asyncio.Task[StoredReply]] = {}  # belongs to the client's thread, like the store
+        self.client = HttpClient(settings, key)
+
+    @cached_property
+    def window(self) -> int:
+        """The most tokens that a prompt and its reply may have together, the same over a restart.
+
+        The recipe's word, or the smaller of what the model's configuration and the server (vLLM's `max_model_len`)
+        say. The server is asked for it, and so whether it is there, at first.
+        """
+        known = self._in_thread(self.store.figure, "window")
+        if known is None:
+            limits = [self.settings.window] if self.settings.window else [self._configured_window()]
+            served = self._wait(self._served_window())
+            known = min(limits + ([served] if served and not self.settings.window else []))
+            self._in_thread(self.store.set_figure, "window", known)
+        return known
+
+    def _configured_window(self) -> int:
+        try:
+            return config_window(AutoConfig.from_pretrained(self.name, trust_remote_code=False))
+        except (OSError, ValueError, UserError) as error:
+            raise UserError(f"recipe key {self.key}.window: {self.name} tells no window: give its tokens") from error
+
+    async def _served_window(self) -> int | None:
+        def read(answer: Any) -> int | None:
+            limits = {model["id"]: model.get("max_model_len") for model in answer.get("data") or []}
+            return limits.get(self.settings.model)
+
+        try:
+            return await self.client.get("/models", read)
+        except Refused as refused:
+            if refused.status in (401, 403):
+                raise
+            self.client.forgive()  # a server need not have this list
+            return None
+
+    def count_tokens(self, prompts: Sequence[Prompt]) -> list[int]:
+        """The length in tokens of each prompt, rendered with the tokenizer's own template."""
+        return [len(ids) for ids in self.encoder.prompts(prompts)]
+
+    def begin(self, prompts: Sequence[Prompt], **options: Any) -> None:
+        """Puts the requests already, so that their replies are there when `generate` wants them."""
+        requests = self._chats(prompts, **options)
+        self.client.call(lambda: [self._task(request) for request in requests])
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> list[Generation]:
+        """A reply to each prompt, in input order; see `Engine.generate`.
+
+        Every request has a seed of its own, made of `seed`, the prompt, and how many equal prompts of the call come
+        before it.
+        """
+        options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
+        parameters = describe_parameters(**options, **self.settings.extra)
+        replies = self._answers(self._chats(prompts, seed=seed, **options))
+        return [Generation(r.text or "", r.finish_reason, r.tokens, r.seed, parameters) for r in replies]
+
+    def _chats(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> list[_Request]:
+        if max_new_tokens < 1:
+            raise UserError(f"max_new_tokens is {max_new_tokens}: give a positive number")
+        Sampling(temperature=temperature, top_p=top_p, seed=seed)  # checks them
+        common = {"model": self.settings.model, "max_tokens": max_new_tokens, "temperature": temperature}
+        common |= {"top_p": top_p} | self.settings.extra
+        seen: Counter[str] = Counter()
+        requests = []
+        for i, prompt in enumerate(listed_prompts(prompts)):
+            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+            text = check_text(f"prompt {i}", json.dumps(messages, sort_keys=True, ensure_ascii=False))
+            own_seed = int.from_bytes(_hash([seed, text, seen[text]])[:4], "little") >> 1  # servers take 31 bits
+            seen[text] += 1
+            body = common | {"messages": messages, "seed": own_seed}
+            requests.append(self._request("/chat/completions", body, self._chat_reader(own_seed)))
+        return requests
+
+    def _chat_reader(self, seed: int) -> Callable[[Any], StoredReply]:
+        def read(answer: Any) -> StoredReply:
+            choice = answer["choices"][0]
+            message = choice["message"]
+            text = _clean(message["content"] or "")
+            reason = FINISH_REASONS.get(choice["finish_reason"])
+            if message.get("refusal"):
+                reason, text = "refusal", text or _clean(message["refusal"])
+            if reason is None:  # such as "abort", which says that the server gave up
+                raise Unreadable
+            prompt_tokens, tokens = _usage(answer)
+            if tokens is None:
+                tokens = len(self.encoder.replies([text])[0]) + (reason == "stop")
+            return StoredReply(text.strip(), reason, prompt_tokens, tokens, seed)
+
+        return read
+
+    def fix_token_budget(self) -> int | None:
+        """What is scored together is the server's matter."""
+        return self.token_budget
+
+    def choose(self, prompts: Sequence[Prompt], choices: Sequence[Sequence[str]]) -> list[np.ndarray]:
+        """The log-probability of each prompt's whole choices, one array a prompt; see slmfast.choose."""
+        return scored_choices(self.encoder, self.window, prompts, choices, self._scores) if prompts else []
+
+    def perplexity(self, prompts: Sequence[Prompt], replies: Sequence[Sequence[str | None]]) -> pa.Table:
+        """One row a reply; see slmfast.perplexity."""
+        return scored_replies(self.encoder, self.window, prompts, replies, self._scores)
+
+    def _scores(self, groups: Sequence[Group]) -> list[np.ndarray]:
+        requests = [self._score(group.prefix, continuation) for group in groups for continuation in group.continuations]
+        logprobs = iter([reply.logprob for reply in self._answers(requests)])
+        return [np.array([next(logprobs) for _ in group.continuations], dtype=np.float64) for group in groups]
+
+    def _score(self, prefix: Sequence[int], continuation: Sequence[int]) -> _Request:
+        ids = [*prefix, *continuation]
+        # One token must be generated: vLLM takes no 0.
+        body = {"model": self.settings.model, "prompt": ids, "max_tokens": 1, "temperature": 0.0}
+        body |= {"echo": True, "logprobs": 1}
+
+        def read(answer: Any) -> StoredReply:
+            values = (answer["choices"][0].get("logprobs") or {}).get("token_logprobs") or []
+            if len(values) not in (len(ids), len(ids) + 1) or values[0] is not None:
+                raise self._cannot_score(f"it gives {len(values)} log-probabilities for {len(ids)} tokens")
+            logprob = math.fsum(values[len(prefix) : len(ids)])
+            if not math.isfinite(logprob):
+                raise Unreadable
+            return StoredReply(None, None, _usage(answer)[0], 0, 0, logprob)
+
+        return self._request("/completions", body, read, len(prefix))
+
+    def _cannot_score(self, reason: str) -> UserError:
+        return UserError(
+            f"recipe section {self.key}: {self.client.url} can't score a given text ({reason}): rate with kind local, "
+            "or serve the judge with vLLM"
+        )
+
+    def _request(self, path: str, body: dict[str, Any], read: Callable[[Any], StoredReply], *more: Any) -> _Request:
+        return _Request(_hash([path, body, *more]), path, body, read)
+
+    def _answers(self, requests: list[_Request]) -> list[StoredReply]:
+        """The replies to requests, in their order, from the store or from the server."""
+
+        async def gather() -> list[StoredReply]:
+            self.client.forgive()  # what an earlier call could not do
+            tasks = [self._task(request) for request in requests]
+            try:
+                return await asyncio.gather(*tasks)
+            finally:
+                for request in requests:
+                    self._asked.pop(request.key, None)
+
+        return self._wait(gather())
+
+    def _task(self, request: _Request) -> "asyncio.Task[StoredReply]":
+        """The one task that answers a request; made at the first call."""
+        task = self._asked.get(request.key)
+        if task is None or (task.done() and (task.cancelled() or task.exception() is not None)):
+            task = self._asked[request.key] = asyncio.get_running_loop().create_task(self._answer(request))
+            # Whoever waits for it hears of its failure; if nobody does any more, nobody need.
+            task.add_done_callback(lambda done: done.cancelled() or done.exception())
+        return task
+
+    async def _answer(self, request: _Request) -> StoredReply:
+        stored = self.store.get(request.key)
+        if stored is not None:
+            return stored
+        try:
+            reply = await self.client.post(request.path, request.body, request.read)
+        except Refused as refused:
+            if request.path == "/completions" and refused.status not in (401, 403):
+                raise self._cannot_score(str(refused)) from None
+            raise
+        self.store.add(request.key, reply)
+        self.replies += 1
+        self.tokens_in += reply.prompt_tokens
+        self.tokens_out += reply.tokens
+        return reply
+
+    def _wait(self, work: Any) -> Any:
+        """The result of a coroutine in the client's thread; shows progress meanwhile."""
+        future = self.client.run(work)
+        while wait([future], POLL).not_done:
+            self.waiting()
+        return future.result()
+
+    def _in_thread(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        async def call() -> Any:
+            return function(*arguments)
+
+        return self._wait(call())
+
+    def state(self) -> str:
+        """The replies so far, with their tokens, and the tries that came to nothing."""
+        failed = sum(self.client.failures.values())
+        tokens = f"{self.tokens_in:,} tokens read, {self.tokens_out:,} written"
+        return f"{self.role}: {self.replies:,} replies, {tokens}, {failed:,} tries failed"
+
+    def notes(self) -> dict[str, Any]:
+        """What was asked and used, over all runs of the stage; the failed tries are this run's."""
+        return {
+            "kind": self.settings.kind,
+            "model": self.settings.model,
+            "window": self._in_thread(self.store.figure, "window"),
+            "replies": self.replies,
+            "of_an_earlier_run": self._found,
+            "prompt_tokens": self.tokens_in,
+            "reply_tokens": self.tokens_out,
+            "failed_tries": dict(sorted(self.client.failures.items())),
+        }
+
+    def close(self) -> None:
+        """Breaks off what is still asked and closes the store."""
+        self.client.close()
+        self.store.close()
+
+
+def _hash(value: Any) -> bytes:
+    text = json.dumps(value, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+def _usage(answer: dict[str, Any]) -> tuple[int, int | None]:
+    """The tokens read and written, as far as a server tells."""
+    usage = answer.get("usage") or {}
+    tokens = usage.get("completion_tokens")
+    return int(usage.get("prompt_tokens") or 0), None if tokens is None else int(tokens)
+
+
+def _clean(text: str) -> str:
+    """The text with lone surrogates, which JSON can hold and UTF-8 can't, replaced."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

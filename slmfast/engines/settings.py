@@ -1,0 +1,76 @@
+"""How a role's engine is set up in a recipe: its kind and, for a server, where it is and how it is asked."""
+
+import os
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from slmfast.errors import UserError
+
+ENGINES = ("local", "openai")
+HTTP = ("openai",)  # kinds that ask a server: of the model they need the tokenizer alone
+
+_OURS = ("messages", "model", "prompt", "max_tokens", "temperature", "top_p", "seed", "n", "stream", "echo", "logprobs")
+
+
+def _require(condition: bool, key: str, remedy: str) -> None:
+    if not condition:
+        raise UserError(f"{key}: {remedy}")  # the recipe names the section
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSettings:
+    """One role's engine. All keys but `kind` are for `openai`, a server that speaks OpenAI's protocol."""
+
+    kind: str | None = None  # local or openai; models.engine unless given
+    base_url: str | None = None  # of the server, such as http://127.0.0.1:8000/v1
+    model: str | None = None  # the name that the server knows it by; the role's own in `models` unless given
+    tokenizer: str | None = None  # folder or hub name of its tokenizer; the role's model unless given
+    api_key: str | None = None  # the environment variable that holds the key
+    concurrency: int = 64  # requests in flight at a time
+    timeout: float = 600.0  # seconds that one try of a request may take
+    tries: int = 10  # of one request, before the run stops; another run goes on from there
+    backoff: float = 1.0  # seconds before the second try; doubled from try to try, at most a minute
+    window: int | None = None  # tokens of a prompt and its reply; the model's and the server's own limit unless given
+    extra: dict[str, Any] = field(default_factory=dict)  # goes into every request that asks for a reply
+
+    def __post_init__(self) -> None:
+        _require(self.kind in (None, *ENGINES), "kind", f"use {' or '.join(ENGINES)}")
+        url = self.base_url
+        _require(url is None or re.fullmatch(r"https?://[^\s@]+", url) is not None, "base_url", _URL_REMEDY)
+        # A key that was pasted here would end in recipe.yaml, so it is refused, and never repeated.
+        named = self.api_key is None or re.fullmatch(r"[A-Z][A-Z0-9_]*", self.api_key) is not None
+        _require(named, "api_key", "name the environment variable that holds the key (A-Z, 0-9, _), not the key itself")
+        _require(self.concurrency > 0, "concurrency", "give a positive number of requests")
+        _require(self.timeout > 0, "timeout", "give a positive number of seconds")
+        _require(self.tries > 0, "tries", "give a positive number")
+        _require(self.backoff >= 0, "backoff", "give zero or more seconds")
+        _require(self.window is None or self.window > 1, "window", "give at least 2 tokens")
+        ours = sorted(set(self.extra) & set(_OURS))
+        _require(not ours, f"extra.{ours[0] if ours else ''}", "leave it out: the stage's own settings give it")
+
+
+_URL_REMEDY = "give the server's address, such as http://127.0.0.1:8000/v1, without a user or password"
+
+
+def secret(settings: EngineSettings, key: str) -> str | None:
+    """The API key of a server, None where none is named. Raises UserError where its environment variable is not set.
+
+    Args:
+        key: the recipe's section of these settings, for the message.
+    """
+    name = settings.api_key
+    if name is None:
+        return None
+    value = os.environ.get(name, "").strip()
+    _require(bool(value), f"recipe key {key}.api_key", f"the environment variable {name} is not set: put the key there")
+    return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engines:
+    """Engines by role. A judge that is named neither here nor in `models` is the large model, on its engine."""
+
+    large: EngineSettings | None = None
+    small: EngineSettings | None = None
+    judge: EngineSettings | None = None
