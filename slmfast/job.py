@@ -99,7 +99,7 @@ def resolve_model(recipe: Recipe, role: str, run_dir: Path) -> str:
 
     Of a model that a server runs it is the tokenizer's folder. Raises UserError where there is no such model.
     """
-    served = role != "base" and recipe.engine(role).kind in HTTP
+    served = recipe.engine(role).kind in HTTP
     key = f"models.{role}"
     name = getattr(recipe.models, role)
     if served:

@@ -152,8 +152,8 @@ def job_key(job: Job) -> str:
 def _model_identity(job: Job, role: str) -> list[Any]:
     """What a role's replies depend on: of a server not its address, nor how often or how fast it is asked."""
     engine, folder = job.recipe.engine(role), Path(job.model(role))
-    if role == "base" or engine.kind not in HTTP:
-        return ["local" if role == "base" else engine.kind, model_digest(folder)]
+    if engine.kind not in HTTP:
+        return [engine.kind, model_digest(folder)]
     return [engine.kind, model_digest(folder, weights=False), engine.model, engine.window, engine.extra]
 
 

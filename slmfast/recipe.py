@@ -255,7 +255,12 @@ class Recipe:
             self._check_server(role)
 
     def engine(self, role: str) -> EngineSettings:
-        """The engine of the model in a role, `kind` and, for a server, `model` and `tokenizer` filled in."""
+        """The engine of the model in a role, `kind` and, for a server, `model` and `tokenizer` filled in.
+
+        The base model, which is trained, runs here.
+        """
+        if role == "base":
+            return EngineSettings(kind="local")
         role = self.engine_role(role)
         given = getattr(self.engines, role) or EngineSettings()
         name = getattr(self.models, role) or self.models.large
