@@ -36,7 +36,7 @@ from slmfast.training.passes import Passes, split_weights
 from slmfast.training.settings import TrainSettings
 from slmfast.training.sft import SftObjective
 from slmfast.training.split_adamw import coarse_blocks
-from slmfast.training.split_weights import LEAST
+from slmfast.training.split_weights import splittable
 
 WEIGHTS, GRADIENTS, STATES, ACTIVATIONS, TEMPORARIES = KINDS = (
     "weights",
@@ -225,6 +225,5 @@ def split_names(model: nn.Module, settings: TrainSettings) -> set[str]:
     """Names of the parameters of a model, whole or fake, that the optimizer of the settings splits."""
     if not settings.splits_weights:
         return set()
-    kinds = nn.Linear | nn.Embedding
-    weights = {module.weight for module in model.modules() if isinstance(module, kinds)}
-    return {name for name, p in model.named_parameters() if p in weights and p.numel() >= LEAST and p.requires_grad}
+    taken = splittable(model)
+    return {name for name, parameter in model.named_parameters() if parameter in taken}
