@@ -42,6 +42,8 @@ def fitted(
     if settings.budget is None and device.type != "cuda":
         return settings
     kept = read_json(mark)
+    if LAYERS in kept and settings.checkpointing != "auto":  # told anew: no bit depends on it
+        return settings
     if LAYERS in kept:
         return replace(settings, checkpointing=kept[LAYERS])
     if PACKS in kept:  # begun without a plan

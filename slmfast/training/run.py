@@ -73,11 +73,15 @@ class Setup:
 MakeObjective = Callable[[nn.Module, Setup], Objective]
 
 
-def train(run: Run, method: str, make_objective: MakeObjective, inputs: dict[str, str] | None = None) -> Path:
+def train(run: Run, method: str, make_objective: MakeObjective, models: dict[str, Path] | None = None) -> Path:
     """Trains as `run` says and writes the model; returns its folder.
 
     An output that the same run has already made is left as it is.
+
+    Args:
+        models: folders that the result depends on besides the starting model's, by what they are to it.
     """
+    models = models or {}
     settings = run.settings
     if settings.method != method:
         raise UserError(f"method is {settings.method!r} in the settings of train_{method}: set it to {method!r}")
@@ -85,9 +89,9 @@ def train(run: Run, method: str, make_objective: MakeObjective, inputs: dict[str
     _check_report(settings)
     check_extras(settings)
     check_model_folder(run.model)
-    check_output(run.output, CARD, [run.model, run.dataset])
+    check_output(run.output, CARD, [run.model, run.dataset, *models.values()])
     with _threads(run.threads), _quiet_transformers(), _full_disk_named(run), enforced(settings.budget):
-        run.fingerprint = _fingerprint(run, inputs or {})
+        run.fingerprint = _fingerprint(run, {name: model_digest(path) for name, path in models.items()})
         if _is_done(run):
             if _work_owner(run) == run.fingerprint:  # killed when all was done but this
                 _clear_work(run)
@@ -97,7 +101,7 @@ def train(run: Run, method: str, make_objective: MakeObjective, inputs: dict[str
         add_extras(model, settings, run.seed)
         _prepare_work(run)
         # A model is never trained beyond the positions it knows, whatever max_length allows.
-        settings = replace(settings, max_length=min(settings.max_length, _positions(run.model, settings)))
+        settings = replace(settings, max_length=min(settings.max_length, _positions(model, settings)))
         setup, arguments = _set_up(run, settings, model)
         print(describe(settings, setup), file=sys.stderr)
         masters = split_weights(model, settings.forward) if settings.splits_weights else None
@@ -115,15 +119,15 @@ def train(run: Run, method: str, make_objective: MakeObjective, inputs: dict[str
 
 
 def _set_up(run: Run, settings: TrainSettings, model: nn.Module) -> tuple[Setup, TrainingArguments]:
-    """Reads the data, puts the model on its device and decides on packs."""
+    """Reads the data, decides on packs and puts the model on its device."""
     tokens = load_tokens(run.dataset, load_tokenizer(run.model), settings)
     groups = make_groups(len(tokens), settings.batch_size)
     order = StepOrder(len(groups), settings.accumulation, settings.epochs, run.seed)
     arguments = _arguments(run, order)
-    model.to(arguments.device)
     longest = longest_sequence(tokens, groups, settings.takes_pairs)
     warmup, mark = settings.warmup_steps(len(order)), run.work_folder / MARK
-    settings = fitted(settings, mark, model, arguments.device, longest, warmup)
+    settings = fitted(settings, mark, model, arguments.device, longest, warmup)  # before the device has to hold any
+    model.to(arguments.device)
     passes = Passes(settings.forward, _checkpoints(settings, arguments.device), arguments.device)
     budget = PackBudget(mark, lambda: _pack_tokens(model, settings, passes))
     return Setup(tokens, groups, order, passes, budget), arguments
@@ -278,9 +282,9 @@ def _clear_work(run: Run) -> None:
             folder.rmdir()
 
 
-def _positions(model: Path, settings: TrainSettings) -> int:
-    """How many positions a model's config says it knows."""
-    return read_json(model / "config.json").get("max_position_embeddings") or settings.max_length
+def _positions(model: nn.Module, settings: TrainSettings) -> int:
+    """How many positions a model's config says it knows, whatever it calls them."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or settings.max_length
 
 
 def _export(

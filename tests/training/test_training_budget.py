@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -121,6 +122,8 @@ def test_a_resumed_run_plans_no_second_time(tiny_model, tmp_path, monkeypatch):
     assert PackBudget(mark, lambda: 1 / 0).at(5) == first.pack_tokens
     monkeypatch.delattr(memory, "plan_memory")
     assert fitted(settings, mark, model, cpu, 100, 1).checkpointing == first.checkpointing
+    for told in ("on", "off"):  # by the user's own word, whatever was planned
+        assert fitted(replace(settings, checkpointing=told), mark, model, cpu, 100, 1).checkpointing == told
     assert fitted(KTO, tmp_path / "none", model, cpu, 100, 1) is KTO  # no budget on a CPU: nothing is planned
 
 
