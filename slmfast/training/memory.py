@@ -20,7 +20,7 @@ from slmfast.errors import UserError
 from slmfast.model_folder import INDEX, SINGLE, ModelWeights
 from slmfast.scoring.budget import CUDA_TOKENS, LEAST_TOKENS
 from slmfast.sizes import GIB, parse_bytes
-from slmfast.training.fake_step import FakeRun, coarse_weights, fake_model, split_names, values_refused
+from slmfast.training.fake_step import FakeRun, coarse_weights, fake_model, one_line, split_names, values_refused
 from slmfast.training.settings import TrainSettings
 
 RESERVE = 3 * GIB // 2  # the device's context, cuBLAS, and what fragments
@@ -151,10 +151,9 @@ def load_config(folder: Path) -> Any:
         raise UserError(f"{folder} holds no config.json: give a model's folder, or one with its configuration alone")
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        line = " ".join(str(error).split())[:200]
+    except Exception as error:  # each model's configuration has its own ways to fail over a bad value
         raise UserError(
-            f"{folder / 'config.json'} names no model that transformers knows ({line}): check it"
+            f"{folder / 'config.json'} names no model that transformers knows ({one_line(error)}): check it"
         ) from error
 
 
