@@ -89,7 +89,7 @@ def refusal(plan: "MemoryPlan") -> str:
 
 
 @contextmanager
-def enforced(budget: str | None) -> Iterator[None]:
+def enforced(budget: str | int | None) -> Iterator[None]:
     """Inside, torch allocates no more of the CUDA device than the budget; packs are halved where that is too little."""
     if budget is None or not torch.cuda.is_available():
         yield
