@@ -36,7 +36,8 @@ from slmfast.training.trainer import Objective, ShowProgress, StepTrainer
 CARD = "training.json"
 LOG = "training_log.json"
 MARK = "run.json"  # in the work folder: whose checkpoints these are, and the budgets of their packs
-WITHOUT_EFFECT = ("save_steps", "checkpointing", "report_to")  # on a result's bytes
+# On a result's bytes. A budget decides on packs, as the device's memory does where none is set; the mark keeps them.
+WITHOUT_EFFECT = ("save_steps", "checkpointing", "report_to", "budget")
 
 
 @dataclass
@@ -261,8 +262,20 @@ def _prepare_work(run: Run) -> None:
         remove_temporaries(run.work_folder)
     if owner != run.fingerprint:
         if owner is not None:
+            _tell_dropped(run)
             _clear_work(run)
         write_json(mark, {"fingerprint": run.fingerprint})
+
+
+def _tell_dropped(run: Run) -> None:
+    """Says on stderr, in one line, what of another run is about to be cleared away."""
+    steps = checkpoint.steps_done(run.work_folder)
+    if steps:
+        print(
+            f"train {run.settings.method}: {run.work_folder} holds {steps:,} steps of a run with other settings, data, "
+            "seed, threads or versions: they are dropped, and this run begins at its first step",
+            file=sys.stderr,
+        )
 
 
 def _work_owner(run: Run) -> str | None:
@@ -303,7 +316,7 @@ def _export(
         "steps_per_epoch": setup.order.steps_per_epoch,
         "pack_tokens": setup.budget.history,
         "fingerprint": run.fingerprint,
-        **report_update(run.model, parameters.items(), masters, run.settings),
+        **report_update(run.model, model, masters, run.settings),
     }
     values = parameters.values() if masters is None else map(masters.merged, parameters.values())  # one at a time
     with atomic_path(run.output) as folder:

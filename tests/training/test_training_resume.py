@@ -147,7 +147,23 @@ def test_a_checkpoint_gives_back_the_optimizer_bit_for_bit(tmp_path, name, rate)
         assert ("residual" in state and bool(state["residual"].any())) is (rate == 1e-9)
 
 
-def test_checkpoints_of_another_run_are_not_resumed(tiny_model, sft_set, tmp_path, monkeypatch):
+def test_a_budget_in_other_words_is_the_same_run(tiny_model, sft_set, tmp_path, monkeypatch, capsys):
+    """The packs that were chosen stay, so a changed budget costs no checkpoint."""
+    settings = replace(SETTINGS, method="sft", budget="2 GiB", pack_tokens=SMALL, checkpointing="on")
+    calm = train_sft(tiny_model, sft_set, tmp_path / "calm", settings, progress=False)
+    monkeypatch.setattr("slmfast.training.run._export", stop)
+    with pytest.raises(InterruptedError):
+        train_sft(tiny_model, sft_set, tmp_path / "S1", settings, progress=False)
+    monkeypatch.undo()
+    output = train_sft(tiny_model, sft_set, tmp_path / "S1", replace(settings, budget=2**31), progress=False)
+    assert "dropped" not in capsys.readouterr().err
+    assert (output / "model.safetensors").read_bytes() == (calm / "model.safetensors").read_bytes()
+    before = (output / "training.json").stat().st_mtime_ns
+    train_sft(tiny_model, sft_set, output, replace(settings, budget="24GiB"), progress=False)
+    assert (output / "training.json").stat().st_mtime_ns == before  # done already
+
+
+def test_checkpoints_of_another_run_are_not_resumed(tiny_model, sft_set, tmp_path, monkeypatch, capsys):
     settings = replace(SETTINGS, method="sft")
     calm = train_sft(tiny_model, sft_set, tmp_path / "calm", settings, progress=False)
 
@@ -156,7 +172,10 @@ def test_checkpoints_of_another_run_are_not_resumed(tiny_model, sft_set, tmp_pat
         train_sft(tiny_model, sft_set, tmp_path / "S1", replace(settings, learning_rate=5e-3), progress=False)
     assert (tmp_path / ".work" / "S1" / "checkpoint-6").exists()
     monkeypatch.undo()
+    capsys.readouterr()
     output = train_sft(tiny_model, sft_set, tmp_path / "S1", settings, progress=False)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "dropped" in line]
+    assert "S1 holds 6 steps of a run with other settings" in line
     assert (output / "model.safetensors").read_bytes() == (calm / "model.safetensors").read_bytes()
 
 
