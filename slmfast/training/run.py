@@ -127,11 +127,26 @@ def _set_up(run: Run, settings: TrainSettings, model: nn.Module) -> tuple[Setup,
     arguments = _arguments(run, order)
     longest = longest_sequence(tokens, groups, settings.takes_pairs)
     warmup, mark = settings.warmup_steps(len(order)), run.work_folder / MARK
-    settings = fitted(settings, mark, model, arguments.device, longest, warmup)  # before the device has to hold any
-    model.to(arguments.device)
-    passes = Passes(settings.forward, _checkpoints(settings, arguments.device), arguments.device)
-    budget = PackBudget(mark, lambda: _pack_tokens(model, settings, passes))
+    passes, budget = fit_to_device(model, settings, mark, arguments.device, longest, warmup)
     return Setup(tokens, groups, order, passes, budget), arguments
+
+
+def fit_to_device(
+    model: nn.Module, settings: TrainSettings, mark: Path, device: torch.device, longest: int, warmup_steps: int
+) -> tuple[Passes, PackBudget]:
+    """Decides on packs and checkpointing, and puts the model on its device.
+
+    Args:
+        mark: the file that keeps the choice.
+        longest: tokens of the longest sequence of the data, mismatched pairs included.
+
+    Raises:
+        UserError: the run can't fit.
+    """
+    settings = fitted(settings, mark, model, device, longest, warmup_steps)  # before the device has to hold any
+    model.to(device)
+    passes = Passes(settings.forward, _checkpoints(settings, device), device)
+    return passes, PackBudget(mark, lambda: _pack_tokens(model, settings, passes))
 
 
 def describe(settings: TrainSettings, setup: Setup) -> str:
