@@ -65,6 +65,8 @@ class FakeRun:
     def __init__(self, config: Any, settings: TrainSettings, coarse: Mapping[str, int], frozen: Collection[str] = ()):
         self._settings, self._mode = settings, FakeTensorMode(allow_non_fake_inputs=True)
         self._live = LiveBytes()
+        self.forward = settings.forward
+        """The precision of the passes."""
         with self._inside():
             self.model = fake_model(config).eval()
             if settings.lora_rank:
