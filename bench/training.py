@@ -126,7 +126,7 @@ def open_context(options: argparse.Namespace) -> Context:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the cases; 1 if any answer that should be the same was not, or if our own side failed.
+    """Runs the cases; 1 if any answer that should be the same was not, if our own side or every peer failed.
 
     Raises:
         UserError: an option is out of range, or names what does not exist.
@@ -150,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"no figure: {failure}")
     print(text(results))
     differs = any(result.same_answer is False for result in results)
-    return 1 if differs or context.broken else 0
+    return 1 if differs or context.broken or not results else 0
 
 
 if __name__ == "__main__":

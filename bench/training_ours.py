@@ -11,12 +11,11 @@ from training_sides import GROUP, RATE
 from transformers import TrainingArguments
 
 from slmfast.store import write_json
-from slmfast.training.data import StepOrder, load_tokens, make_groups
+from slmfast.training.data import StepOrder, load_tokens, longest_sequence, make_groups
 from slmfast.training.kto import KtoObjective
 from slmfast.training.optimizer import make_optimizer, rate_factor
-from slmfast.training.pack_budget import PackBudget, usual_budget
 from slmfast.training.passes import Passes, split_weights
-from slmfast.training.run import load_tokenizer
+from slmfast.training.run import MARK, fit_to_device, load_tokenizer
 from slmfast.training.settings import TrainSettings
 from slmfast.training.sft import SftObjective
 from slmfast.training.trainer import StepTrainer
@@ -45,12 +44,12 @@ def build(model: nn.Module, request: dict[str, Any]) -> tuple[StepTrainer, float
     groups = make_groups(len(tokens), settings.batch_size)
     order = StepOrder(len(groups), settings.accumulation, settings.epochs, request["seed"])
     device = torch.device(request["device"])
-    passes = Passes(settings.forward, device.type == "cuda", device)
-    write_json(scratch / "run.json", {})
-    states = 8 if settings.optimizer == "adamw" else 2
-    budget = PackBudget(scratch / "run.json", lambda: usual_budget(model, passes.checkpointing, states))
+    mark, warmup = scratch / MARK, settings.warmup_steps(len(order))
+    write_json(mark, {})
+    longest = longest_sequence(tokens, groups, settings.takes_pairs)
+    passes, budget = fit_to_device(model, settings, mark, device, longest, warmup)
     masters = split_weights(model, settings.forward) if settings.splits_weights else None
-    optimizer = make_optimizer(model, settings, settings.warmup_steps(len(order)), masters)
+    optimizer = make_optimizer(model, settings, warmup, masters)
     objective, seconds = _objective(model, settings, tokens, groups, order, passes, budget)
     arguments = TrainingArguments(
         output_dir=str(scratch),

@@ -190,6 +190,10 @@ def train(arguments: Namespace) -> None:
     from slmfast.training.sft import train_sft
 
     values = dict(_setting(text) for text in arguments.set)
+    if "method" in values:
+        raise UserError(f"--set method={values['method']}: the method is the word after train, sft or kto")
+    if arguments.method == "sft" and arguments.reference is not None:
+        raise UserError("--reference: only KTO has a reference model, leave it out or train kto")
     if arguments.budget is not None:
         values["budget"] = arguments.budget
     settings = build(TrainSettings, values | {"method": arguments.method}, "")
@@ -208,6 +212,9 @@ def plan(arguments: Namespace) -> None:
     from slmfast.training.settings import TrainSettings
 
     values: dict[str, Any] = {"learning_rate": RATES[arguments.method]} | dict(map(_setting, arguments.set))
+    for name in ("method", "budget"):
+        if name in values:
+            raise UserError(f"--set {name}={values[name]}: a plan is told it by --{name} {values[name]}")
     flags = ("optimizer", "forward", "max_length", "pack_tokens", "checkpointing")
     values |= {name: getattr(arguments, name) for name in flags if getattr(arguments, name) is not None}
     settings = build(TrainSettings, values | {"method": arguments.method}, "")

@@ -39,7 +39,10 @@ DTYPES = {
 
 
 class Survival(NamedTuple):
-    """What rounding to a type leaves of an update; both are shares, 1.0 where there was no update to lose."""
+    """What rounding to a type leaves of an update; both are shares, 1.0 where there was no update to lose.
+
+    Where either weight is beyond the type's range, nothing is left.
+    """
 
     weights: float  # of the places that the update moved, how many still differ once both models are rounded
     norm: float  # <Q(tuned) - Q(base), tuned - base> / |tuned - base|^2
@@ -53,7 +56,7 @@ def update_survival(base: str | Path, tuned: str | Path, dtype: str | torch.dtyp
         dtype: "float32", "bfloat16" or "float16", or torch's own.
 
     Raises:
-        UserError: a folder is missing or damaged, or the tensors' names or shapes differ.
+        UserError: a folder is missing or damaged, the tensors' names or shapes differ, or a weight is not finite.
     """
     counter = SurvivalCounter(as_dtype(dtype))
     with ModelWeights(Path(base)) as old, ModelWeights(Path(tuned)) as new:
@@ -83,7 +86,10 @@ class SurvivalCounter:
     def _add(self, base: Tensor, tuned: Tensor) -> None:
         moved = tuned.double() != base.double()
         rounded = self._rounded(tuned).double() - self._rounded(base).double()
+        rounded.masked_fill_(~rounded.isfinite(), 0.0)  # where the type overflows, the update is lost
         update = tuned.double() - base.double()
+        if not update.isfinite().all():
+            raise UserError("a weight is NaN or infinite: compare models whose weights are finite")
         self._moved += int(moved.sum())
         self._kept += int((moved & (rounded != 0)).sum())
         self._product += float((rounded * update).sum())
@@ -147,7 +153,7 @@ def fuse(
         folder.mkdir()
         write_companions(paths[0], folder, kind)
         shapes = {name: first.shape(name) for name in first.names}
-        write_tensors(folder / SINGLE, shapes, kind, _averages(weights, shares, counter))
+        write_tensors(folder / SINGLE, shapes, kind, _averages(weights, shares, kind, counter))
         card = _card(paths, shares, kind, counter)
         write_json(folder / CARD, card)
     return card
@@ -174,6 +180,7 @@ def _normalised(models: Mapping[str | Path, float]) -> dict[Path, float]:
 def _averages(
     weights: dict[Path, ModelWeights],
     shares: dict[Path, float],
+    kind: torch.dtype,
     counter: tuple[SurvivalCounter, ModelWeights] | None,
 ) -> Iterator[Tensor]:
     """The averaged tensors in order of their names, float32.
@@ -193,6 +200,8 @@ def _averages(
             product = tensor.double().mul_(share)
             total = product if total is None else total.add_(product)
         average = total.float()
+        if not average.to(kind).isfinite().all():
+            raise UserError(f"tensor {name} has an average beyond the range of {kind}: fuse as float32 or bfloat16")
         if counter is not None:
             counter[0].add(counter[1][name], average)
         yield average

@@ -3,14 +3,20 @@
 import importlib.util
 import json
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from slmfast import cli
 from slmfast.errors import UserError
+from slmfast.records import MESSAGE
+from slmfast.training import run as run_module
+from slmfast.training.run import load_model
 
 CHECKOUT = Path(__file__).parent.parent
 BENCH = CHECKOUT / "bench"
@@ -195,6 +201,34 @@ def test_a_peer_that_fails_is_named_and_costs_no_other_figure(bench, capsys, pla
     code, document, before = run(bench, capsys, "--case", "kto")
     assert code == 0 and [row["peer"] for row in document["results"]] == [KTO[1]]
     assert f"no figure: {KTO[0]}, kto: its process ended with code 1: out of luck" in before
+
+
+def test_where_every_peer_fails_the_exit_code_says_so(bench, capsys, play):
+    play(precomputed={"fails_at": 1}, default={"fails_at": 1})
+    code, document, before = run(bench, capsys, "--case", "kto")
+    assert code == 1 and document["results"] == [] and before.count("no figure: ") == 2
+
+
+def test_our_side_takes_the_packs_of_a_training(bench, monkeypatch, tmp_path):
+    """On a device for which a plan is made, those of the plan."""
+    ours = importlib.import_module("training_ours")
+    told = []
+
+    def planned(settings, mark, model, device, longest, warmup):
+        told.append((longest, warmup))
+        return replace(settings, pack_tokens=77, checkpointing="on")
+
+    monkeypatch.setattr(run_module, "fitted", planned)
+    rows = [{"role": "user", "content": "why?"}], [{"role": "assistant", "content": "so"}]
+    table = {
+        name: pa.array([side] * 8, pa.list_(MESSAGE)) for name, side in zip(("prompt", "completion"), rows, strict=True)
+    }
+    pq.write_table(pa.table(table), tmp_path / "rows.parquet")
+    request = {"method": "sft", "samples": 4, "optimizer": "adamw", "dtype": "float32", "seed": 0, "device": "cpu"}
+    folders = {"scratch": str(tmp_path), "data": str(tmp_path / "rows.parquet"), "tokenizer": str(MODEL)}
+    trainer, _ = ours.build(load_model(MODEL), request | folders)
+    assert trainer._budget.at(0) == 77 and trainer._objective._passes.checkpointing
+    assert len(told) == 1 and told[0][1] == 0
 
 
 def test_our_own_side_that_fails_is_an_exit_code(bench, capsys, play):

@@ -49,6 +49,11 @@ def outcome(capsys, *arguments):
         (["train", "sft", "data", "--model", "nowhere", "-o", "out", "--set", "learning_rate=1e-5"], "nowhere"),
         (["train", "sft", "data", "--model", "m", "-o", "out"], "learning_rate: is missing"),
         (["train", "sft", "data", "--model", "m", "-o", "out", "--set", "learning_rate"], "write key=value"),
+        (["train", "sft", "d", "--model", "m", "-o", "o", "--reference", "r"], "only KTO has a reference model"),
+        (["train", "sft", "d", "--model", "m", "-o", "o", "--set", "method=kto"], "the word after train"),
+        (["train", "sft", "d", "--model", "m", "-o", "o", "--set", "learning_rate=1", "--set", "budget=3e9"], "budget"),
+        (["plan", "m", "--set", "method=sft"], "a plan is told it by --method sft"),
+        (["plan", "m", "--set", "budget=8GiB"], "a plan is told it by --budget 8GiB"),
         (["evaluate", "x=/no/model", "--tasks", "gsm8k", "-o", "out"], "/no/model is not a model folder"),
     ],
 )

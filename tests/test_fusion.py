@@ -208,6 +208,19 @@ def test_float32_keeps_all_and_bf16_next_to_nothing_of_a_small_update(tmp_path):
     assert update_survival(base, base, "bfloat16") == (1.0, 1.0)  # there is nothing to lose
 
 
+def test_what_overflows_a_type_is_lost_and_never_nan(tmp_path):
+    base = save(tmp_path / "base", {"w": torch.tensor([1.0, 60000.0, 70000.0, 80000.0])})
+    tuned = save(tmp_path / "tuned", {"w": torch.tensor([1.5, 70000.0, 60000.0, 81000.0])})
+    found = update_survival(base, tuned, "float16")
+    assert found.weights == 0.25 and found.norm == pytest.approx(0.25 / (0.25 + 2e8 + 1e6))
+    with pytest.raises(UserError, match="has an average beyond the range of"):
+        fuse({tuned: 1}, tmp_path / "fused", dtype="float16")
+    assert not (tmp_path / "fused").exists()
+    broken = save(tmp_path / "broken", {"w": torch.tensor([1.0, torch.nan, 0.0, 0.0])})
+    with pytest.raises(UserError, match="NaN or infinite"):
+        update_survival(base, broken, "bfloat16")
+
+
 def test_a_coarser_fusion_says_what_survives(tmp_path, capsys):
     base = save(tmp_path / "base", moderate(3))
     tuned = nudged(tmp_path / "tuned", moderate(3), 1e-5)

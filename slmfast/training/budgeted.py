@@ -3,6 +3,7 @@
 The choice is made at a run's first start and kept in its work folder's mark, so that a resumed run repeats it.
 """
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -42,20 +43,24 @@ def fitted(
     if settings.budget is None and device.type != "cuda":
         return settings
     kept = read_json(mark)
+    if LAYERS in kept and settings.checkpointing != "auto":  # told anew: no bit depends on it
+        return settings
     if LAYERS in kept:
         return replace(settings, checkpointing=kept[LAYERS])
     if PACKS in kept:  # begun without a plan
         return settings
     # They bring in the objectives, which build on the run that asks for this.
-    from slmfast.training.fake_step import Unplannable
+    from slmfast.training.fake_step import Unplannable, one_line
     from slmfast.training.memory import plan_memory
 
     size = _budget(settings, device)
     try:
         plan = plan_memory(model, budget=size, settings=settings, longest=longest, warmup_steps=warmup_steps)
-    except Unplannable:
+    except Unplannable as error:
         if settings.budget is not None:
             raise
+        why = one_line(error.__cause__ or error)
+        print(f"train {settings.method}: packs are by what is free, for no plan can be made ({why})", file=sys.stderr)
         return settings
     if not plan.fits:
         raise UserError(refusal(plan))
@@ -84,7 +89,7 @@ def refusal(plan: "MemoryPlan") -> str:
 
 
 @contextmanager
-def enforced(budget: str | None) -> Iterator[None]:
+def enforced(budget: str | int | None) -> Iterator[None]:
     """Inside, torch allocates no more of the CUDA device than the budget; packs are halved where that is too little."""
     if budget is None or not torch.cuda.is_available():
         yield

@@ -114,6 +114,11 @@ def folders(work: Path) -> list[Path]:
     return [path for path in work.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
 
 
+def steps_done(work: Path) -> int:
+    """The steps of the newest checkpoint below `work`, whole or not; 0 without one."""
+    return max(map(_number, folders(work)), default=0)
+
+
 def _number(folder: Path) -> int:
     return int(folder.name.removeprefix("checkpoint-"))
 

@@ -13,14 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensor,
-    FakeTensorMode,
-    UnsupportedOperatorException,
-    unset_fake_temporarily,
-)
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 from transformers.initialization import no_init_weights
@@ -36,7 +29,7 @@ from slmfast.training.passes import Passes, split_weights
 from slmfast.training.settings import TrainSettings
 from slmfast.training.sft import SftObjective
 from slmfast.training.split_adamw import coarse_blocks
-from slmfast.training.split_weights import LEAST
+from slmfast.training.split_weights import splittable
 
 WEIGHTS, GRADIENTS, STATES, ACTIVATIONS, TEMPORARIES = KINDS = (
     "weights",
@@ -52,7 +45,7 @@ DEVICE = torch.device("cpu")  # where fake tensors lie; they stand for CUDA's
 
 
 class Unplannable(UserError):
-    """A model whose code can't run without values."""
+    """A model whose code can't run without values, or a configuration of none."""
 
 
 class FakeRun:
@@ -66,12 +59,14 @@ class FakeRun:
         frozen: names of the parameters that are not trained.
 
     Raises:
-        Unplannable: the model's code asks for values.
+        Unplannable: the model's code asks for values, or fails otherwise.
     """
 
     def __init__(self, config: Any, settings: TrainSettings, coarse: Mapping[str, int], frozen: Collection[str] = ()):
         self._settings, self._mode = settings, FakeTensorMode(allow_non_fake_inputs=True)
         self._live = LiveBytes()
+        self.forward = settings.forward
+        """The precision of the passes."""
         with self._inside():
             self.model = fake_model(config).eval()
             if settings.lora_rank:
@@ -160,9 +155,14 @@ class FakeRun:
 
 def fake_model(config: Any) -> nn.Module:
     """A causal language model of fp32 parameters without values; to be called under a FakeTensorMode."""
-    with no_init_weights():
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
-    model.tie_weights()
+    try:
+        with no_init_weights():
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+        model.tie_weights()
+    except Exception as error:  # each model's code has its own ways to fail over a bad number
+        raise Unplannable(
+            f"this configuration makes no causal language model with torch's attention ({one_line(error)}): check it"
+        ) from error
     return model
 
 
@@ -178,14 +178,21 @@ def add_fake_adapters(model: nn.Module, settings: TrainSettings) -> None:
 
 @contextmanager
 def values_refused() -> Iterator[None]:
-    """Turns a model's question for values, which fake tensors don't have, into one line."""
+    """Turns a model's question for values, which fake tensors don't have, and all else that fails, into one line."""
     try:
         yield
-    except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException) as error:
-        line = " ".join(str(error).split())[:200]
+    except UserError:
+        raise
+    except Exception as error:  # the model's code is anybody's, and so is what it raises for want of values
         raise Unplannable(
-            f"this model's memory can't be planned, for its code depends on values ({line}): leave budget out"
+            f"this model's memory can't be planned, for its code doesn't run without values ({one_line(error)}): "
+            "leave budget out"
         ) from error
+
+
+def one_line(error: BaseException) -> str:
+    """What an error is and says, within a line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
 
 
 def full_packs(method: str, pack_tokens: int, longest: int, vocabulary: int) -> TokenSet:
@@ -225,6 +232,5 @@ def split_names(model: nn.Module, settings: TrainSettings) -> set[str]:
     """Names of the parameters of a model, whole or fake, that the optimizer of the settings splits."""
     if not settings.splits_weights:
         return set()
-    kinds = nn.Linear | nn.Embedding
-    weights = {module.weight for module in model.modules() if isinstance(module, kinds)}
-    return {name for name, p in model.named_parameters() if p in weights and p.numel() >= LEAST and p.requires_grad}
+    taken = splittable(model)
+    return {name for name, parameter in model.named_parameters() if parameter in taken}

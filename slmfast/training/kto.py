@@ -1,5 +1,6 @@
 """KTO: training on unpaired replies, each labelled desirable or undesirable, held to a reference model."""
 
+import gc
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -159,26 +160,32 @@ def train_kto(
         made.set_reference(_reference(made, run, policy, held, setup))
         return made
 
-    return train(run, "kto", objective, inputs={"reference": model_digest(held)})
+    return train(run, "kto", objective, models={"reference": held})
 
 
 def _reference(made: KtoObjective, run: Run, policy: nn.Module, held: Path, setup: Setup) -> Tensor:
     """The reference's log-probabilities, from the work folder where an earlier start left them."""
     path = run.work_folder / f"reference-{digest([run.fingerprint, model_digest(held)])}.safetensors"
     if not path.exists():
-        model = policy if held.resolve() == run.model.resolve() else _load_reference(held, policy, run, setup.passes)
-        steps = [setup.order[step].tolist() for step in range(setup.order.steps_per_epoch)]
-        values = setup.budget.run(
-            step=0,
-            longest=made.longest(range(len(setup.groups))),
-            compute=lambda tokens: made.reference_logprobs(model.eval(), steps, tokens, run.progress),
-            undo=lambda: None,
-        )
+        values = _asked(made, run, policy, held, setup)
+        gc.collect()  # a second model is in cycles of references, and would stay beside the gradients
         if not values.isfinite().all():
             raise UserError(f"the reference {held} gives a reply a log-probability that is not finite: check the model")
         with atomic_path(path) as temporary:
             write_tensors(temporary, {"logprobs": tuple(values.shape)}, torch.float64, [values])
     return load_tensors(path)["logprobs"]
+
+
+def _asked(made: KtoObjective, run: Run, policy: nn.Module, held: Path, setup: Setup) -> Tensor:
+    """The log-probabilities by the reference model, which is nobody's once this returns."""
+    model = policy if held.resolve() == run.model.resolve() else _load_reference(held, policy, run, setup.passes)
+    steps = [setup.order[step].tolist() for step in range(setup.order.steps_per_epoch)]
+    return setup.budget.run(
+        step=0,
+        longest=made.longest(range(len(setup.groups))),
+        compute=lambda tokens: made.reference_logprobs(model.eval(), steps, tokens, run.progress),
+        undo=lambda: None,
+    )
 
 
 def _load_reference(held: Path, policy: nn.Module, run: Run, passes: Passes) -> nn.Module:

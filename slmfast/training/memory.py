@@ -18,9 +18,18 @@ from transformers import AutoConfig
 
 from slmfast.errors import UserError
 from slmfast.model_folder import INDEX, SINGLE, ModelWeights
-from slmfast.scoring.budget import CUDA_TOKENS, LEAST_TOKENS
+from slmfast.scoring.budget import CUDA_TOKENS, LEAST_TOKENS, key_width
+from slmfast.scoring.packing import KEYS_A_TOKEN
 from slmfast.sizes import GIB, parse_bytes
-from slmfast.training.fake_step import FakeRun, coarse_weights, fake_model, split_names, values_refused
+from slmfast.training.fake_step import (
+    ACTIVATIONS,
+    FakeRun,
+    coarse_weights,
+    fake_model,
+    one_line,
+    split_names,
+    values_refused,
+)
 from slmfast.training.settings import TrainSettings
 
 RESERVE = 3 * GIB // 2  # the device's context, cuBLAS, and what fragments
@@ -151,10 +160,9 @@ def load_config(folder: Path) -> Any:
         raise UserError(f"{folder} holds no config.json: give a model's folder, or one with its configuration alone")
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        line = " ".join(str(error).split())[:200]
+    except Exception as error:  # each model's configuration has its own ways to fail over a bad value
         raise UserError(
-            f"{folder / 'config.json'} names no model that transformers knows ({line}): check it"
+            f"{folder / 'config.json'} names no model that transformers knows ({one_line(error)}): check it"
         ) from error
 
 
@@ -173,8 +181,23 @@ def _chosen(run: FakeRun, settings: TrainSettings, longest: int, budget: int) ->
 
 def _peak(run: FakeRun, checkpointing: bool, longest: int, pack_tokens: int) -> Rows:
     """What a run holds when it holds most: in its passes, or in the optimizer's step."""
-    peaks = run.pass_peak(pack_tokens, checkpointing, longest), run.step_peak
+    passes = run.pass_peak(pack_tokens, checkpointing, longest)
+    if not checkpointing:
+        passes[ACTIVATIONS] += shared_keys(run, pack_tokens, longest)
+    peaks = passes, run.step_peak
     return max((tuple(kinds.items()) for kinds in peaks), key=_total)
+
+
+def shared_keys(run: FakeRun, pack_tokens: int, longest: int) -> int:
+    """Bytes of keys and values that full packs of short replies to long prompts keep beyond those of long sequences.
+
+    Attention copies those of each reply's whole path, up to KEYS_A_TOKEN a token, and keeps them in every layer that is
+    not checkpointed. Which data share prompts is not known to a plan: it leaves the room.
+    """
+    size = 2 if run.forward == "bf16" else 4
+    config = run.model.config.get_text_config()
+    beyond = min(KEYS_A_TOKEN, longest) - 1
+    return size * pack_tokens * beyond * key_width(config) * getattr(config, "num_hidden_layers", 0)
 
 
 def _total(rows: Rows) -> int:

@@ -4,6 +4,7 @@ The budget is chosen once and kept with the run's checkpoints; a run that is res
 by step, whatever memory is free by then.
 """
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -55,6 +56,7 @@ class PackBudget:
                     raise
             # Out of the block above the error has gone, and with it the tensors of the failed pack.
             undo()
+            gc.collect()  # what a failed pack left in cycles of references
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             if tokens <= longest:

@@ -18,8 +18,8 @@ _TRAINERS = {"kto": "KTOTrainer", "sft": "SFTTrainer"}
 def report(folder: Path, settings: TrainSettings, budget: str) -> Iterator[str]:
     """The lines about a run of `settings` on the model of a folder, each as soon as it is known."""
     what = f"{settings.method.upper()} of {folder.resolve().name} within {budget}"
-    yield f"{what}: a plan for a CUDA device, nothing is measured"
     plan = plan_memory(folder, budget=budget, settings=settings)
+    yield f"{what}: a plan for a CUDA device, nothing is measured"
     yield _summary(plan)
     yield ""
     yield from _table(plan)

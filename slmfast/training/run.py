@@ -36,7 +36,8 @@ from slmfast.training.trainer import Objective, ShowProgress, StepTrainer
 CARD = "training.json"
 LOG = "training_log.json"
 MARK = "run.json"  # in the work folder: whose checkpoints these are, and the budgets of their packs
-WITHOUT_EFFECT = ("save_steps", "checkpointing", "report_to")  # on a result's bytes
+# On a result's bytes. A budget decides on packs, as the device's memory does where none is set; the mark keeps them.
+WITHOUT_EFFECT = ("save_steps", "checkpointing", "report_to", "budget")
 
 
 @dataclass
@@ -73,11 +74,15 @@ class Setup:
 MakeObjective = Callable[[nn.Module, Setup], Objective]
 
 
-def train(run: Run, method: str, make_objective: MakeObjective, inputs: dict[str, str] | None = None) -> Path:
+def train(run: Run, method: str, make_objective: MakeObjective, models: dict[str, Path] | None = None) -> Path:
     """Trains as `run` says and writes the model; returns its folder.
 
     An output that the same run has already made is left as it is.
+
+    Args:
+        models: folders that the result depends on besides the starting model's, by what they are to it.
     """
+    models = models or {}
     settings = run.settings
     if settings.method != method:
         raise UserError(f"method is {settings.method!r} in the settings of train_{method}: set it to {method!r}")
@@ -85,9 +90,9 @@ def train(run: Run, method: str, make_objective: MakeObjective, inputs: dict[str
     _check_report(settings)
     check_extras(settings)
     check_model_folder(run.model)
-    check_output(run.output, CARD, [run.model, run.dataset])
+    check_output(run.output, CARD, [run.model, run.dataset, *models.values()])
     with _threads(run.threads), _quiet_transformers(), _full_disk_named(run), enforced(settings.budget):
-        run.fingerprint = _fingerprint(run, inputs or {})
+        run.fingerprint = _fingerprint(run, {name: model_digest(path) for name, path in models.items()})
         if _is_done(run):
             if _work_owner(run) == run.fingerprint:  # killed when all was done but this
                 _clear_work(run)
@@ -97,7 +102,7 @@ def train(run: Run, method: str, make_objective: MakeObjective, inputs: dict[str
         add_extras(model, settings, run.seed)
         _prepare_work(run)
         # A model is never trained beyond the positions it knows, whatever max_length allows.
-        settings = replace(settings, max_length=min(settings.max_length, _positions(run.model, settings)))
+        settings = replace(settings, max_length=min(settings.max_length, _positions(model, settings)))
         setup, arguments = _set_up(run, settings, model)
         print(describe(settings, setup), file=sys.stderr)
         masters = split_weights(model, settings.forward) if settings.splits_weights else None
@@ -115,18 +120,33 @@ def train(run: Run, method: str, make_objective: MakeObjective, inputs: dict[str
 
 
 def _set_up(run: Run, settings: TrainSettings, model: nn.Module) -> tuple[Setup, TrainingArguments]:
-    """Reads the data, puts the model on its device and decides on packs."""
+    """Reads the data, decides on packs and puts the model on its device."""
     tokens = load_tokens(run.dataset, load_tokenizer(run.model), settings)
     groups = make_groups(len(tokens), settings.batch_size)
     order = StepOrder(len(groups), settings.accumulation, settings.epochs, run.seed)
     arguments = _arguments(run, order)
-    model.to(arguments.device)
     longest = longest_sequence(tokens, groups, settings.takes_pairs)
     warmup, mark = settings.warmup_steps(len(order)), run.work_folder / MARK
-    settings = fitted(settings, mark, model, arguments.device, longest, warmup)
-    passes = Passes(settings.forward, _checkpoints(settings, arguments.device), arguments.device)
-    budget = PackBudget(mark, lambda: _pack_tokens(model, settings, passes))
+    passes, budget = fit_to_device(model, settings, mark, arguments.device, longest, warmup)
     return Setup(tokens, groups, order, passes, budget), arguments
+
+
+def fit_to_device(
+    model: nn.Module, settings: TrainSettings, mark: Path, device: torch.device, longest: int, warmup_steps: int
+) -> tuple[Passes, PackBudget]:
+    """Decides on packs and checkpointing, and puts the model on its device.
+
+    Args:
+        mark: the file that keeps the choice.
+        longest: tokens of the longest sequence of the data, mismatched pairs included.
+
+    Raises:
+        UserError: the run can't fit.
+    """
+    settings = fitted(settings, mark, model, device, longest, warmup_steps)  # before the device has to hold any
+    model.to(device)
+    passes = Passes(settings.forward, _checkpoints(settings, device), device)
+    return passes, PackBudget(mark, lambda: _pack_tokens(model, settings, passes))
 
 
 def describe(settings: TrainSettings, setup: Setup) -> str:
@@ -257,8 +277,20 @@ def _prepare_work(run: Run) -> None:
         remove_temporaries(run.work_folder)
     if owner != run.fingerprint:
         if owner is not None:
+            _tell_dropped(run)
             _clear_work(run)
         write_json(mark, {"fingerprint": run.fingerprint})
+
+
+def _tell_dropped(run: Run) -> None:
+    """Says on stderr, in one line, what of another run is about to be cleared away."""
+    steps = checkpoint.steps_done(run.work_folder)
+    if steps:
+        print(
+            f"train {run.settings.method}: {run.work_folder} holds {steps:,} steps of a run with other settings, data, "
+            "seed, threads or versions: they are dropped, and this run begins at its first step",
+            file=sys.stderr,
+        )
 
 
 def _work_owner(run: Run) -> str | None:
@@ -278,9 +310,9 @@ def _clear_work(run: Run) -> None:
             folder.rmdir()
 
 
-def _positions(model: Path, settings: TrainSettings) -> int:
-    """How many positions a model's config says it knows."""
-    return read_json(model / "config.json").get("max_position_embeddings") or settings.max_length
+def _positions(model: nn.Module, settings: TrainSettings) -> int:
+    """How many positions a model's config says it knows, whatever it calls them."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or settings.max_length
 
 
 def _export(
@@ -299,7 +331,7 @@ def _export(
         "steps_per_epoch": setup.order.steps_per_epoch,
         "pack_tokens": setup.budget.history,
         "fingerprint": run.fingerprint,
-        **report_update(run.model, parameters.items(), masters, run.settings),
+        **report_update(run.model, model, masters, run.settings),
     }
     values = parameters.values() if masters is None else map(masters.merged, parameters.values())  # one at a time
     with atomic_path(run.output) as folder:

@@ -87,9 +87,9 @@ class TrainSettings:
     "off", or "auto": off where a plan of the memory says that this fits, and else on; on a CPU without a budget off.
     The result is the same to the bit."""
 
-    budget: str | None = None
-    """The memory of the device that the run may take, such as "24GiB". Packs and checkpointing are planned for it where
-    they are left open, and a run that can't fit is refused before it starts."""
+    budget: str | int | None = None
+    """The memory of the device that the run may take, such as "24GiB", or bytes. Packs and checkpointing are planned
+    for it where they are left open, and a run that can't fit is refused before it starts."""
 
     lora_rank: int = 0
     """The rank of LoRA adapters, through peft, on every linear layer but the LM head; they alone are trained, at rates

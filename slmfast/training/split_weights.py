@@ -6,7 +6,7 @@ not go, since 65,537 fp32 numbers round to each even one and low has 65,536 valu
 
 The matrices of linear layers and embeddings are split in place: a parameter stays what it is, tied ones stay tied, and
 only its data become bf16. Its gradient is fp32 (torch's `grad_dtype`), so packs accumulate and clipping works as with
-fp32 weights. All other parameters stay fp32.
+fp32 weights. All other parameters stay fp32, those of layers that are subclasses of the two as well.
 """
 
 from collections.abc import Iterator
@@ -22,6 +22,7 @@ from slmfast.errors import UserError
 from slmfast.kernels.planned import like_cuda
 
 FORWARDS = ("bf16", "split", "fp32")
+KINDS = (nn.Linear, nn.Embedding)  # and none of their subclasses
 LEAST = 4096  # weights: smaller tensors are not split and have fp32 states, as bitsandbytes' do
 
 
@@ -79,6 +80,22 @@ def masters_of(model: nn.Module) -> "SplitWeights | None":
     return _masters.get(model)
 
 
+def splittable(model: nn.Module) -> set[Tensor]:
+    """The parameters of a model, whole or fake, that are split: large, fp32, trained, of linear layers and embeddings.
+
+    Of a subclass of theirs, such as an embedding that scales its rows, nobody here knows what it computes: its weight
+    stays whole, and so does one that it shares with a plain layer.
+    """
+    plain, other = set(), set()
+    for module in model.modules():
+        if type(module) in KINDS:
+            plain.add(module.weight)
+        else:
+            other.update(module.parameters(recurse=False))
+    fit = lambda weight: weight.numel() >= LEAST and weight.dtype == torch.float32 and weight.requires_grad  # noqa: E731
+    return {weight for weight in plain - other if fit(weight)}
+
+
 class SplitWeights:
     """Splits a model's fp32 matrices and keeps their low halves. Make it when the model is on its device.
 
@@ -99,31 +116,31 @@ class SplitWeights:
         """The low half of each parameter that is split, by the parameter; int16, updated in place."""
         self.packable: bool | None = None
         """Whether the model's sequences may share a pack, from who asked before its weights were split."""
+        taken = splittable(model)
         for module in model.modules():
-            if isinstance(module, nn.Linear | nn.Embedding) and self._take(module.weight):
+            if type(module) in KINDS and module.weight in taken:
+                self._take(module.weight)
                 self._patch(module, forward)
         _masters[model] = self
 
-    def _take(self, weight: nn.Parameter) -> bool:
-        """Splits a weight that is large, fp32 and trained; says whether it is split now."""
-        if weight in self.low:  # tied
-            return True
-        if weight.numel() < LEAST or weight.dtype != torch.float32 or not weight.requires_grad:
-            return False
-        high, self.low[weight] = split(weight)
-        weight.data = high
-        weight.grad_dtype = torch.float32
-        return True
+    def _take(self, weight: nn.Parameter) -> None:
+        """Splits a weight, once where it is tied."""
+        if weight not in self.low:
+            high, self.low[weight] = split(weight)
+            weight.data = high
+            weight.grad_dtype = torch.float32
 
     def _patch(self, module: nn.Linear | nn.Embedding, forward: str) -> None:
+        # The new forward holds what it needs and not the module, which would keep itself alive.
         weight, low = module.weight, self.low[module.weight]
         if isinstance(module, nn.Embedding):
             if module.max_norm is not None or module.scale_grad_by_freq or module.sparse:
                 raise UserError("an embedding has max_norm, scale_grad_by_freq or sparse: take another optimizer")
-            module.forward = lambda ids: _Embedding.apply(weight, low, ids, module.padding_idx)
+            padding = module.padding_idx
+            module.forward = lambda ids: _Embedding.apply(weight, low, ids, padding)
         elif forward != "bf16":
-            product = _Fp32Linear if forward == "fp32" else _SplitLinear
-            module.forward = lambda x: _linear(product, x, weight, low, module.bias)
+            product, bias = _Fp32Linear if forward == "fp32" else _SplitLinear, module.bias
+            module.forward = lambda x: _linear(product, x, weight, low, bias)
 
     def merged(self, parameter: Tensor) -> Tensor:
         """The parameter in fp32: new memory if it is split, else itself, detached."""

@@ -23,6 +23,7 @@ from slmfast.training import checkpoint
 from slmfast.training.data import StepOrder
 from slmfast.training.pack_budget import PackBudget
 
+FIRST = ("step", "epoch", "loss", "learning_rate", "grad_norm")  # of a row of the log
 CHECKPOINTS_KEPT = 2  # the one before the newest serves if the newest is damaged
 
 
@@ -97,8 +98,12 @@ class StepTrainer(Trainer):
         super().log(logs, start_time)
 
     def history(self) -> list[dict[str, float]]:
-        """One row a step: step, epoch, loss, learning_rate, grad_norm and the objective's figures. No times."""
-        return [dict(row) for row in self.state.log_history if "loss" in row]
+        """One row a step: step, epoch, loss, learning_rate, grad_norm and the objective's figures. No times.
+
+        The figures are in the order of their names, whatever a checkpoint made of the rows before it.
+        """
+        rows = [row for row in self.state.log_history if "loss" in row]
+        return [{key: row[key] for key in (*FIRST, *sorted(row.keys() - set(FIRST))) if key in row} for row in rows]
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Not counted: the inputs are numbers of groups, from which transformers can't tell."""

@@ -79,18 +79,18 @@ def train(case: dict, output: Path) -> None:
         slmfast.training.kto.train_kto(case["model"], case["dataset"], output, settings, reference=reference, **common)
 
 
-def weights_hash(output: Path) -> str:
-    """The final weights, as bytes."""
-    return hashlib.sha256((output / "model.safetensors").read_bytes()).hexdigest()
+def hashes(output: Path) -> dict[str, str]:
+    """The bytes of every file of the finished folder, by its name."""
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(output.iterdir())}
 
 
-def undisturbed(case: dict, folder: Path) -> str:
-    """The hash of the same run when nothing kills it, trained once for each set of arguments."""
+def undisturbed(case: dict, folder: Path) -> dict[str, str]:
+    """The files of the same run when nothing kills it, trained once for each set of arguments."""
     arguments = {key: case[key] for key in ("model", "dataset", "settings")} | {"reference": case.get("reference")}
     output = folder / f"calm-{hashlib.sha256(json.dumps(arguments).encode()).hexdigest()[:8]}"
     if not output.exists():
         in_child(case, output)
-    return weights_hash(output)
+    return hashes(output)
 
 
 def main(path: str) -> None:
@@ -104,7 +104,7 @@ def main(path: str) -> None:
         signals = [in_child(case, output, kill) for kill in case["kills"]]
         left = sorted(p.name for p in (folder / ".work" / output.name).glob("*")) if not output.exists() else []
         in_child(case, output)
-        same = weights_hash(output) == undisturbed(case, folder)
+        same = hashes(output) == undisturbed(case, folder)
         log = json.loads((output / "training_log.json").read_text())
         verdicts.append({"signals": signals, "left": left, "same": same, "steps": [row["step"] for row in log]})
     print(json.dumps(verdicts))

@@ -3,6 +3,7 @@
 import itertools
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -13,6 +14,7 @@ from slmfast.kernels import head_op
 from slmfast.scoring import attention
 from slmfast.sizes import GIB, parse_bytes
 from slmfast.training import fake_step, memory
+from slmfast.training.data import TokenSet
 from slmfast.training.fake_step import DEVICE, FakeRun, full_packs
 from slmfast.training.kto import KtoObjective
 from slmfast.training.live_bytes import NEW, LiveBytes
@@ -182,6 +184,25 @@ def test_what_would_make_it_fit_does(config_folder):
     assert mended.fits and mended.remedy is None
     hopeless = slmfast.plan_memory(config_folder, budget="1GiB")
     assert (hopeless.fits, hopeless.remedy, hopeless.usable_bytes) == (False, None, 0)
+
+
+def replies_to_one_prompt(method, pack_tokens, longest, vocabulary):
+    """31 short replies to a prompt that takes most of the window: nearly as many keys a token as a pack may have."""
+    short = longest // 32
+    prompt, replies = np.full(longest - short, 7, np.int32), [np.full(short, i, np.int32) for i in range(31)]
+    return TokenSet([prompt] * 31, replies, np.arange(31) % 2 == 0 if method == "kto" else None, 0)
+
+
+@pytest.mark.parametrize("forward", ["fp32", "split", "bf16"])
+def test_a_plan_leaves_room_for_short_replies_to_long_prompts(monkeypatch, forward):
+    config = small_config(vocab_size=300, intermediate_size=256, num_key_value_heads=6, num_hidden_layers=3)
+    run = FakeRun(config, replace(KTO, optimizer="adamw8bit-split", forward=forward), {})
+    planned = sum(size for _, size in memory._peak(run, False, 512, 1024))
+    seen = run.pass_peak(1024, False, 512)
+    monkeypatch.setattr(fake_step, "full_packs", replies_to_one_prompt)
+    real = sum(run.pass_peak(1024, False, 512).values())
+    assert planned >= real
+    assert forward == "split" or sum(seen.values()) < real  # which long sequences alone would not take
 
 
 @pytest.mark.parametrize("bend", [0, 3000, 100_000])

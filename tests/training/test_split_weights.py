@@ -1,6 +1,8 @@
 """fp32 weights in two halves: nothing is lost, and models compute and learn with them as with whole ones."""
 
 import copy
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from slmfast.errors import UserError
 from slmfast.training import checkpoint
+from slmfast.training.fake_step import fake_model, split_names, values_refused
 from slmfast.training.optimizer import AdamW, make_optimizer
 from slmfast.training.settings import TrainSettings
 from slmfast.training.split_adamw import SplitAdamW8bit
@@ -353,3 +356,44 @@ def test_split_weights_and_their_optimizer_belong_together(tiny):
 def test_an_embedding_that_does_more_than_look_up_is_refused(told):
     with pytest.raises(UserError, match="take another optimizer"):
         SplitWeights(torch.nn.Embedding(100, 64, **told))
+
+
+def gemma(tied):
+    """A tiny Gemma3, whose embedding is a subclass that scales its rows."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    torch.manual_seed(0)
+    shape = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 16}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    return Gemma3ForCausalLM(Gemma3TextConfig(**shape, **heads, tie_word_embeddings=tied, pad_token_id=0)).eval()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_layer_of_another_kind_keeps_its_weight_and_its_forward(tied):
+    """Also where a plain head shares that weight: the gradient is that of whole weights, and the plan knows."""
+    model, ids = gemma(tied), torch.randint(1, 300, (3, 11), generator=torch.Generator().manual_seed(0))
+    whole = copy.deepcopy(model)
+    masters = SplitWeights(model, "fp32")
+    loss_of(model, ids, False, masters).backward()
+    loss_of(whole, ids, False).backward()
+    for (name, mine), theirs in zip(model.named_parameters(), whole.parameters(), strict=True):
+        assert float((mine.grad - theirs.grad).norm() / theirs.grad.norm()) < 1e-4, name
+    kept = {name for name, parameter in model.named_parameters() if parameter in masters.low}
+    assert ("lm_head.weight" in kept) is not tied
+    assert "model.embed_tokens.weight" not in kept and len(kept) == (10 if tied else 11)
+    with values_refused(), FakeTensorMode():
+        assert split_names(fake_model(whole.config), SETTINGS) == kept
+
+
+@pytest.mark.parametrize("forward", ["bf16", "split", "fp32"])
+def test_a_split_model_goes_as_soon_as_nobody_holds_it(forward):
+    gc.collect()
+    gc.disable()
+    try:
+        model = torch.nn.Sequential(torch.nn.Embedding(100, 64), torch.nn.Linear(64, 64))
+        SplitWeights(model, forward)
+        held = weakref.ref(model[0].weight), weakref.ref(model[1].weight)
+        del model
+        assert [weight() for weight in held] == [None, None]
+    finally:
+        gc.enable()

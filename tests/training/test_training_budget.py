@@ -2,9 +2,11 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from slmfast import cli
 from slmfast.errors import UserError
@@ -85,6 +87,48 @@ def test_a_folder_that_names_no_model(tmp_path, capsys):
     assert code == 2 and "config.json" in err and err.count("\n") == 1
 
 
+def mixtral():
+    """A configuration whose router asks for values."""
+    told = {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 64, "vocab_size": 300}
+    return MixtralConfig(**told, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        "[]",
+        "{",
+        {"model_type": "t5"},
+        {"model_type": "mamba", "num_hidden_layers": 1, "hidden_size": 64},
+        {"num_attention_heads": 0},
+        {"num_attention_heads": 3},
+        {"hidden_size": "32"},
+        {"hidden_act": "loud"},
+        mixtral().to_dict(),
+    ],
+    ids=lambda config: str(config)[:30],
+)
+def test_what_cannot_be_planned_is_one_line(bare_folder, capsys, config):
+    path = bare_folder / "config.json"
+    if isinstance(config, dict):
+        base = {} if "model_type" in config else json.loads(path.read_text())
+        config = json.dumps(base | config)
+    path.write_text(config)
+    code, out, err = slmfast(capsys, "plan", bare_folder, "--pack-tokens", 256, "--max-length", 64)
+    assert (code, out, err.count("\n")) == (2, "", 1) and err.startswith("slmfast: "), err
+
+
+def test_on_cuda_a_model_without_a_plan_is_trained_without(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(budgeted, "_budget", lambda *_: 24 * GIB)
+    mark, model = tmp_path / MARK, MixtralForCausalLM(mixtral())
+    write_json(mark, {})
+    assert fitted(KTO, mark, model, torch.device("cuda"), 64, 1) is KTO and read_json(mark) == {}
+    err = capsys.readouterr().err
+    assert "train kto: packs are by what is free, for no plan can be made (" in err and err.count("\n") == 1
+    with pytest.raises(UserError, match="leave budget out"):
+        fitted(replace(KTO, budget="24GiB"), mark, model, torch.device("cuda"), 64, 1)
+
+
 def test_a_run_takes_the_packs_of_its_plan(tiny_model, make_set, tmp_path):
     data, told = make_set(8, labels=True), {"budget": "1600MiB"}
     out = train_kto(tiny_model, data, tmp_path / "out", TrainSettings(**vars(KTO) | told), progress=False)
@@ -121,6 +165,8 @@ def test_a_resumed_run_plans_no_second_time(tiny_model, tmp_path, monkeypatch):
     assert PackBudget(mark, lambda: 1 / 0).at(5) == first.pack_tokens
     monkeypatch.delattr(memory, "plan_memory")
     assert fitted(settings, mark, model, cpu, 100, 1).checkpointing == first.checkpointing
+    for told in ("on", "off"):  # by the user's own word, whatever was planned
+        assert fitted(replace(settings, checkpointing=told), mark, model, cpu, 100, 1).checkpointing == told
     assert fitted(KTO, tmp_path / "none", model, cpu, 100, 1) is KTO  # no budget on a CPU: nothing is planned
 
 

@@ -1,19 +1,25 @@
 """What a run refuses or survives, in one line: a full disk, a missing package, a forward that its optimizer lacks."""
 
 import errno
+import gc
 import importlib.util
+import shutil
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from transformers import TrainerCallback
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
 from transformers.integrations import integration_utils
 
 from slmfast.cli import main
 from slmfast.errors import UserError
-from slmfast.training import checkpoint, run
+from slmfast.training import checkpoint, kto, run
+from slmfast.training.kto import train_kto
 from slmfast.training.settings import TrainSettings
 from slmfast.training.sft import train_sft
+from slmfast.training.trainer import StepTrainer
 
 SFT = TrainSettings(method="sft", learning_rate=1e-3, epochs=2, accumulation=2, save_steps=2)
 
@@ -111,3 +117,62 @@ def test_a_run_starts_anew_with_checkpointing_where_it_stopped_without(tiny_mode
     output = train_sft(tiny_model, sft_set, tmp_path / "S1", replace(SFT, checkpointing="on"), progress=False)
     assert seen[0].name == "checkpoint-2"
     assert (output / "model.safetensors").read_bytes() == (calm / "model.safetensors").read_bytes()
+
+
+def test_an_output_is_never_the_reference(tiny_model, kto_set, tmp_path):
+    told = replace(SFT, method="kto")
+    reference = train_sft(tiny_model, kto_set, tmp_path / "S1", SFT, progress=False)
+    before = (reference / "model.safetensors").read_bytes()
+    with pytest.raises(UserError, match="S1 is also an input: choose another output folder"):
+        train_kto(tiny_model, kto_set, reference, told, reference=reference, progress=False)
+    assert (reference / "model.safetensors").read_bytes() == before
+
+
+def test_positions_under_another_name_are_the_models_too(tiny_model, make_set, tmp_path):
+    """GPT-2 calls them n_positions."""
+    model = tmp_path / "gpt2"
+    told = {"vocab_size": 320, "n_positions": 64, "n_embd": 32, "n_layer": 1, "n_head": 4}
+    GPT2LMHeadModel(GPT2Config(**told)).save_pretrained(model)
+    for file in tiny_model.glob("*token*"):
+        shutil.copy(file, model)
+    shutil.copy(tiny_model / "chat_template.jinja", model)
+    replies = [[{"role": "assistant", "content": "x" * count}] for count in (5, 80, 6, 7)]
+    with pytest.raises(UserError, match="over the window of 64"):
+        train_sft(model, make_set(4, completion=replies), tmp_path / "S1", SFT, progress=False)
+
+
+def test_a_run_that_cannot_fit_never_touches_the_device(tiny_model, sft_set, tmp_path, monkeypatch):
+    def refused(*_):
+        raise UserError("does not fit")
+
+    monkeypatch.setattr(run, "fitted", refused)
+    monkeypatch.setattr(nn.Module, "to", lambda *_: pytest.fail("the model was moved"))
+    with pytest.raises(UserError, match="does not fit"):
+        train_sft(tiny_model, sft_set, tmp_path / "S1", SFT, progress=False)
+
+
+def test_a_second_model_is_gone_after_the_reference_pass(wide_model, make_model, kto_set, tmp_path, monkeypatch):
+    held, alive = [], []
+    load = kto._load_reference
+
+    def loaded(*args):
+        model = load(*args)
+        held.extend(weakref.ref(parameter) for parameter in model.parameters())
+        return model
+
+    monkeypatch.setattr(kto, "_load_reference", loaded)
+    monkeypatch.setattr(StepTrainer, "__init__", lambda *_: alive.extend(p() for p in held) or stop())
+    gc.collect()
+    gc.disable()
+    try:
+        told = replace(SFT, method="kto", optimizer="adamw8bit-split")
+        reference = make_model(tmp_path / "R", 2, hidden=64)
+        with pytest.raises(InterruptedError):
+            train_kto(wide_model, kto_set, tmp_path / "S1", told, reference=reference, progress=False)
+    finally:
+        gc.enable()
+    assert len(alive) > 20 and not any(parameter is not None for parameter in alive)
+
+
+def stop():
+    raise InterruptedError

@@ -13,8 +13,10 @@ import torch
 
 from slmfast.errors import UserError
 from slmfast.training import checkpoint
+from slmfast.training.kto import train_kto
 from slmfast.training.settings import TrainSettings
 from slmfast.training.sft import train_sft
+from slmfast.training.trainer import StepTrainer
 
 HERE = Path(__file__).parent
 SETTINGS = TrainSettings(method="kto", learning_rate=1e-3, epochs=2, accumulation=2, warmup_ratio=0.3, save_steps=2)
@@ -62,6 +64,27 @@ def test_a_killed_run_ends_with_the_same_bytes(tiny_model, other_tiny_model, wid
         assert verdict["same"], (case["kills"], verdict)
         assert verdict["steps"] == list(range(1, 7)), case["kills"]  # the log, too, has each step once
     assert "checkpoint-2" in json.loads(done.stdout.splitlines()[-1])[3]["left"]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """All of a folder, as bytes."""
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+
+
+def test_every_file_of_a_resumed_run_is_that_of_one_that_went_through(tiny_model, kto_set, tmp_path, monkeypatch):
+    calm = train_kto(tiny_model, kto_set, tmp_path / "calm", SETTINGS, progress=False)
+    step, calls = StepTrainer.training_step, []
+    monkeypatch.setattr(
+        StepTrainer, "training_step", lambda *a: calls.append(1) or (len(calls) > 3 and stop()) or step(*a)
+    )
+    with pytest.raises(InterruptedError):
+        train_kto(tiny_model, kto_set, tmp_path / "S1", SETTINGS, progress=False)
+    assert (tmp_path / ".work" / "S1" / "checkpoint-2").exists()
+    monkeypatch.undo()
+    output = train_kto(tiny_model, kto_set, tmp_path / "S1", SETTINGS, progress=False)
+    assert files(output) == files(calm) and {"training_log.json", "training.json"} < files(output).keys()
+    rows = json.loads((output / "training_log.json").read_text())
+    assert all(list(row)[:5] == ["step", "epoch", "loss", "learning_rate", "grad_norm"] for row in rows)
 
 
 def damage(path: Path) -> None:
@@ -124,7 +147,23 @@ def test_a_checkpoint_gives_back_the_optimizer_bit_for_bit(tmp_path, name, rate)
         assert ("residual" in state and bool(state["residual"].any())) is (rate == 1e-9)
 
 
-def test_checkpoints_of_another_run_are_not_resumed(tiny_model, sft_set, tmp_path, monkeypatch):
+def test_a_budget_in_other_words_is_the_same_run(tiny_model, sft_set, tmp_path, monkeypatch, capsys):
+    """The packs that were chosen stay, so a changed budget costs no checkpoint."""
+    settings = replace(SETTINGS, method="sft", budget="2 GiB", pack_tokens=SMALL, checkpointing="on")
+    calm = train_sft(tiny_model, sft_set, tmp_path / "calm", settings, progress=False)
+    monkeypatch.setattr("slmfast.training.run._export", stop)
+    with pytest.raises(InterruptedError):
+        train_sft(tiny_model, sft_set, tmp_path / "S1", settings, progress=False)
+    monkeypatch.undo()
+    output = train_sft(tiny_model, sft_set, tmp_path / "S1", replace(settings, budget=2**31), progress=False)
+    assert "dropped" not in capsys.readouterr().err
+    assert (output / "model.safetensors").read_bytes() == (calm / "model.safetensors").read_bytes()
+    before = (output / "training.json").stat().st_mtime_ns
+    train_sft(tiny_model, sft_set, output, replace(settings, budget="24GiB"), progress=False)
+    assert (output / "training.json").stat().st_mtime_ns == before  # done already
+
+
+def test_checkpoints_of_another_run_are_not_resumed(tiny_model, sft_set, tmp_path, monkeypatch, capsys):
     settings = replace(SETTINGS, method="sft")
     calm = train_sft(tiny_model, sft_set, tmp_path / "calm", settings, progress=False)
 
@@ -133,7 +172,10 @@ def test_checkpoints_of_another_run_are_not_resumed(tiny_model, sft_set, tmp_pat
         train_sft(tiny_model, sft_set, tmp_path / "S1", replace(settings, learning_rate=5e-3), progress=False)
     assert (tmp_path / ".work" / "S1" / "checkpoint-6").exists()
     monkeypatch.undo()
+    capsys.readouterr()
     output = train_sft(tiny_model, sft_set, tmp_path / "S1", settings, progress=False)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "dropped" in line]
+    assert "S1 holds 6 steps of a run with other settings" in line
     assert (output / "model.safetensors").read_bytes() == (calm / "model.safetensors").read_bytes()
 
 

@@ -8,6 +8,7 @@ import yaml
 
 from slmfast.errors import UserError
 from slmfast.recipe import build
+from slmfast.sizes import parse_bytes
 from slmfast.training.optimizer import rate_factor
 from slmfast.training.settings import TrainSettings
 
@@ -102,3 +103,11 @@ def test_three_warm_up_steps_rise_by_thirds():
     factor = rate_factor(settings, 600)
     assert [factor(step) for step in range(3)] == pytest.approx([1 / 3, 2 / 3, 1.0])
     assert factor(301) == pytest.approx(0.5, abs=1e-3)  # half-way from the peak to the end
+
+
+def test_a_budget_is_a_text_or_bytes():
+    told = {"method": "sft", "learning_rate": 1e-5}
+    for budget in ("3 GB", 3_000_000_000, "3000000000"):
+        assert parse_bytes(build(TrainSettings, told | {"budget": budget}, "").budget) == 3_000_000_000
+    with pytest.raises(UserError, match="budget"):
+        build(TrainSettings, told | {"budget": True}, "")
