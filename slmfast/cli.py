@@ -5,6 +5,7 @@ so that `slmfast --help` is instant.
 """
 
 import argparse
+import dataclasses
 import logging
 import os
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from slmfast import __version__
 from slmfast.errors import UserError
+from slmfast.training.settings import TrainSettings
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -150,18 +152,26 @@ def _add_dedup(commands: argparse._SubParsersAction) -> None:
 def _add_model_stages(commands: argparse._SubParsersAction) -> None:
     train = commands.add_parser("train", help="SFT or KTO of one model")
     train.add_argument("method", choices=["sft", "kto"])
-    train.add_argument("data", type=Path, help="Parquet in TRL's format: a file or a folder")
+    train.add_argument(
+        "data",
+        type=Path,
+        help="Parquet, a file or a folder: prompt and completion as lists of {role, content} messages (TRL's "
+        "conversational format), for KTO also label, true where the reply is desirable",
+    )
     train.add_argument("--model", required=True, help="the model folder to start from")
     train.add_argument("--reference", help="KTO's reference model (default: the starting model)")
     train.add_argument("-o", "--output", type=Path, required=True, help="the model folder to write")
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--budget", metavar="SIZE", help="the memory that it may take of the device, such as 24GiB")
-    train.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a training setting")
+    train.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help=f"a training setting: {_training_keys()}"
+    )
     _add_plan(commands)
     fuse = commands.add_parser("fuse", help="a weighted average of models")
     fuse.add_argument("models", nargs="+", metavar="MODEL=WEIGHT")
     fuse.add_argument("-o", "--output", type=Path, required=True, help="the model folder to write")
     fuse.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16 (default float32)")
+    fuse.add_argument("--base", help="the model before training: what share of its update another type keeps is told")
     evaluate = commands.add_parser("evaluate", help="score models on lm-eval tasks")
     evaluate.add_argument("models", nargs="+", metavar="NAME=MODEL", help="model folders, named")
     evaluate.add_argument("--tasks", required=True, help="task names, separated by commas")
@@ -170,6 +180,15 @@ def _add_model_stages(commands: argparse._SubParsersAction) -> None:
     evaluate.add_argument("--limit", type=int, help="items a task")
     evaluate.add_argument("--no-chat-template", action="store_true", help="put the bare text to the model")
     evaluate.add_argument("-o", "--output", type=Path, required=True, help="the JSON file to write")
+
+
+def _training_keys() -> str:
+    """The settings of a training run with their defaults; learning_rate has none."""
+    given = [f for f in dataclasses.fields(TrainSettings) if f.name != "method"]
+    return "a training setting: " + ", ".join(
+        f.name if f.default is dataclasses.MISSING else f"{f.name}={'' if f.default is None else f.default}"
+        for f in given
+    )
 
 
 def _add_plan(commands: argparse._SubParsersAction) -> None:

@@ -247,7 +247,7 @@ def fuse(arguments: Namespace) -> None:
             weights[model] = float(weight)
         except ValueError as error:
             raise UserError(f"{text}: the weight is not a number") from error
-    fuse_models(weights, arguments.output, dtype=arguments.dtype)
+    fuse_models(weights, arguments.output, dtype=arguments.dtype, base=arguments.base)
     print(f"fused model: {arguments.output}")
 
 

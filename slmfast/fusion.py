@@ -126,7 +126,8 @@ def fuse(
         models: model folders and their weights, each at least 0.
         output: the new folder; it appears whole or not at all.
         dtype: the type of the stored weights. Any but float32 prints what share of the update survives in it.
-        base: the model from which that update is measured; by default the first of `models`.
+        base: the model from which that update is measured; by default the first of `models`, and where that is the
+            only one nothing can be measured, which is said instead.
 
     Returns:
         The card, also written as `fusion.json`: parts with their weights, the type, and for a type other than
@@ -145,7 +146,13 @@ def fuse(
     for other in weights.values():
         check_same_tensors(first, other)
     counter = None
-    if kind != torch.float32:
+    if kind != torch.float32 and base is None and len(paths) == 1:
+        print(
+            f"fuse: {dtype} loses most of a training at small rates; name the model that it began with as base to "
+            "see what share of it survives",
+            file=sys.stderr,
+        )
+    elif kind != torch.float32:
         start = ModelWeights(Path(base)) if base is not None else first
         check_same_tensors(first, start)
         counter = (SurvivalCounter(kind), start)

@@ -18,14 +18,16 @@ def parse_bytes(size: Any, key: str = "budget") -> int:
     """Bytes from "24GiB", "24 GB", "512MiB" or a whole number of bytes.
 
     Raises:
-        UserError: it is none of these, or not above 0; `key` names it.
+        UserError: it is none of these, not above 0, or without a unit less than a mebibyte; `key` names it.
     """
     if isinstance(size, int) and not isinstance(size, bool):
         number, unit = str(size), ""
     else:
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", size) if isinstance(size, str) else None
         number, unit = match.groups() if match else ("", "")
-    if not number or unit.upper() not in _UNITS_BY_CASE or (found := _bytes(number, unit)) < 1:
+    # A small number without a unit is meant as something else than bytes.
+    least = 1 if unit else 1 << 20
+    if not number or unit.upper() not in _UNITS_BY_CASE or (found := _bytes(number, unit)) < least:
         raise UserError(f"{key} is {size!r}: give an amount of memory such as 24GiB")
     return found
 

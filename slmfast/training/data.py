@@ -91,7 +91,7 @@ def _rows(path: Path, method: str) -> Iterator[dict[str, Any]]:
         try:
             parquet = pq.ParquetFile(file)
         except (pa.ArrowInvalid, OSError) as error:
-            raise UserError(f"{file} can't be read as Parquet ({error}): write it again") from error
+            raise UserError(f"{file} can't be read as Parquet ({error}): give a whole Parquet file") from error
         with parquet:
             missing = [column for column in wanted if column not in parquet.schema_arrow.names]
             if missing:
@@ -110,7 +110,7 @@ def tokenize(tokenizer: Any, prompt: Any, completion: Any, where: str = "a row")
         UserError: the row is no pair of message lists, a side is empty, or the template breaks the prefix law.
     """
     if not _messages(prompt):
-        raise UserError(f"{where}: the prompt is not a list of {{role, content}} messages: build the set with align")
+        raise UserError(f"{where}: the prompt is not a list of {{role, content}} messages: write it as such a list")
     if not _messages(completion) or not completion[0]["content"].strip():
         raise UserError(f"{where}: the completion is empty or not a list of messages: leave such rows out")
     start = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
@@ -140,8 +140,8 @@ def _label(row: dict[str, Any], where: str) -> bool:
 def _refuse_long(where: str, length: int, settings: TrainSettings) -> None:
     if settings.too_long == "refuse":
         raise UserError(
-            f"{where} has {length} tokens, over the window of {settings.max_length}: raise max_length as far as the "
-            "model's positions reach, or set too_long to skip"
+            f"{where} has {length} tokens, over the window of {settings.max_length} (max_length, or the model's "
+            "positions where these are fewer): raise max_length if that is it, or set too_long to skip"
         )
 
 
@@ -162,7 +162,8 @@ def _fit_pairs(tokens: TokenSet, path: Path, settings: TrainSettings) -> TokenSe
 
 def _check_whole(tokens: TokenSet, path: Path, settings: TrainSettings) -> None:
     if not len(tokens):
-        raise UserError(f"{path} leaves no row to train on ({tokens.skipped} over the window): raise max_length")
+        reason = f"all {tokens.skipped} are over the window: raise max_length" if tokens.skipped else "it has none"
+        raise UserError(f"{path} leaves no row to train on: {reason}")
     if settings.method == "kto":
         if tokens.labels.all() or not tokens.labels.any():
             lacking = "undesirable" if tokens.labels.all() else "desirable"

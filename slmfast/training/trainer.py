@@ -84,10 +84,13 @@ class StepTrainer(Trainer):
         return norm
 
     def _stop(self, what: str) -> None:
-        raise UserError(
-            f"the {what} is not finite at step {self.state.global_step + 1}: lower learning_rate, or check the data; "
-            "the checkpoints before it are kept"
+        step = self.state.global_step + 1
+        remedy = (
+            "check the starting model's weights, and the data"
+            if step == 1
+            else ("lower learning_rate, or check the data; the checkpoints before it are kept")
         )
+        raise UserError(f"the {what} is not finite at step {step}: {remedy}")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the objective's figures to a step's log, and the epoch as a share of the data seen."""

@@ -284,13 +284,21 @@ def test_live_bytes_counts_storages_once_until_they_go():
 
 
 @pytest.mark.parametrize(
-    ("text", "size"), [("24GiB", 24 << 30), ("24 gb", 24 * 10**9), (5, 5), ("1.5MiB", 3 << 19), ("7", 7), ("8B", 8)]
+    ("text", "size"),
+    [
+        ("24GiB", 24 << 30),
+        ("24 gb", 24 * 10**9),
+        (5 << 20, 5 << 20),
+        ("1.5MiB", 3 << 19),
+        ("7000000", 7 * 10**6),
+        ("8B", 8),
+    ],
 )
 def test_amounts_of_memory(text, size):
     assert parse_bytes(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "24 apples", "-1GiB", "0GiB", "GiB", 0, -3, None, True, 1.5, "1e9"])
+@pytest.mark.parametrize("text", ["", "24 apples", "-1GiB", "0GiB", "GiB", 0, -3, None, True, 1.5, "1e9", 24, "24"])
 def test_what_is_no_amount_of_memory_is_refused(text):
     with pytest.raises(UserError, match=r"budget is .*: give an amount of memory such as 24GiB"):
         parse_bytes(text)

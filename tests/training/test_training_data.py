@@ -97,7 +97,7 @@ def window(settings: TrainSettings, **changes) -> TrainSettings:
 def test_a_long_row_is_refused_or_skipped_and_never_cut(tokenizer, make_set):
     prompts = [user("short"), user("long " * 40), user("short")]
     data = make_set(3, prompt=prompts)
-    with pytest.raises(UserError, match=r"row 1 has .* over the window of 100: .* or set too_long to skip"):
+    with pytest.raises(UserError, match=r"row 1 has .* over the window of 100 .*, or set too_long to skip"):
         load_tokens(data, tokenizer, window(SFT, max_length=100))
     tokens = load_tokens(data, tokenizer, window(SFT, max_length=100, too_long="skip"))
     assert len(tokens) == 2 and tokens.skipped == 1

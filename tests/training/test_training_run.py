@@ -4,11 +4,12 @@ import json
 import shutil
 import struct
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GraniteConfig, GraniteForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GraniteConfig, GraniteForCausalLM
 
 from slmfast.errors import UserError
 from slmfast.fusion import update_survival
@@ -163,7 +164,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny_model, sft_set, tmp_path):
     tensors = load_file(broken / "model.safetensors")
     tensors["model.norm.weight"][0] = float("nan")
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match="the loss is not finite at step 1: lower learning_rate"):
+    with pytest.raises(UserError, match="the loss is not finite at step 1: check the starting model's weights"):
         train_sft(broken, sft_set, tmp_path / "S1", SFT, progress=False)
     assert not (tmp_path / "S1").exists()
 
@@ -230,10 +231,14 @@ def test_a_tensor_that_transformers_does_not_know_is_named_before_any_work(tiny_
         train_sft(odd, sft_set, tmp_path / "S1", SFT, progress=False)
 
 
-def test_positions_may_be_null(tiny_model, sft_set, tmp_path):
+def test_positions_may_be_unknown(tiny_model):
     settings = replace(SFT, max_length=300)
-    assert _positions(changed(tiny_model, tmp_path / "null", max_position_embeddings=None), settings) == 300
-    assert _positions(tiny_model, settings) == 512
+    for config, positions in (
+        (AutoConfig.from_pretrained(tiny_model), 512),
+        (AutoConfig.for_model("gpt2", n_positions=64), 64),  # another name for the same
+        (AutoConfig.for_model("bloom"), 300),
+    ):
+        assert _positions(SimpleNamespace(config=config), settings) == positions
 
 
 def test_a_truncated_model_is_one_line(tiny_model, sft_set, kto_set, tmp_path):
