@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from slmfast.errors import UserError
-from slmfast.scoring.encoding import Encoder, Prompt, check_text, listed_prompts
+from slmfast.scoring.encoding import Encoder, Prompt, check_text, listed, listed_prompts
 from slmfast.scoring.forward import continuation_logprobs
 from slmfast.scoring.loading import ModelLike, as_model, as_tokenizer, checked_window
 from slmfast.scoring.packing import Group
@@ -87,13 +87,13 @@ def _for_all(choices: Any) -> list[str]:
     """The choices, if they are strings that serve for all prompts; nothing if each prompt has a list of its own."""
     if isinstance(choices, str) or not isinstance(choices, Iterable):
         raise UserError(f"choices {choices!r}: give a list of strings, none of them empty")
-    given = list(choices)
+    given = listed(choices)
     own = given and all(isinstance(some, Iterable) and not isinstance(some, str) for some in given)
     return [] if own else _checked(given)
 
 
 def _for_each(choices: Iterable[Iterable[str]], prompts: int) -> list[list[str]]:
-    lists = [_checked(list(some)) for some in choices]
+    lists = [_checked(some) for some in listed(choices)]
     if len(lists) != prompts:
         raise UserError(f"{prompts} prompts but {len(lists)} lists of choices: give one for every prompt")
     return lists
@@ -103,5 +103,6 @@ def _checked(given: list[Any]) -> list[str]:
     if not given or not all(isinstance(choice, str) and choice for choice in given):
         raise UserError(f"choices {given!r}: give a list of strings, none of them empty")
     if len(set(given)) < len(given):
-        raise UserError(f"choices {given!r}: each may stand there once")
+        twice = next(choice for choice in given if given.count(choice) > 1)
+        raise UserError(f"choices {given!r}: {twice!r} stands there twice, name it once")
     return [check_text(f"choice {i}", choice) for i, choice in enumerate(given)]

@@ -6,6 +6,7 @@ Prompt and reply are tokenised separately and joined, so that a reply's tokens d
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 from jinja2 import TemplateError
 
@@ -65,6 +66,8 @@ class Encoder:
             if not isinstance(prompt, str):
                 raise UserError(f"prompt {index} is no str: with template=None give raw text")
             return prompt
+        if prompt is None:
+            raise UserError(f"prompt {index} is null: leave it out, with its replies")
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         if not _are_messages(messages):
             raise UserError(f"prompt {index} is neither a str nor a list of {{role, content}} messages")
@@ -83,11 +86,30 @@ class Encoder:
 
 def listed_prompts(prompts: Iterable[Prompt]) -> list[Prompt]:
     """Prompts of any make as a list. Raises UserError where they are one str or nothing that can be gone through."""
-    if isinstance(prompts, pa.Array | pa.ChunkedArray):
-        return prompts.to_pylist()
     if isinstance(prompts, str) or not isinstance(prompts, Iterable):
         raise UserError(f"prompts is a {type(prompts).__name__}: give a list of prompts")
-    return list(prompts)
+    return listed(prompts)
+
+
+def listed(values: Iterable[Any]) -> list[Any]:
+    """A column of any make as Python objects: Arrow's, polars', pandas', numpy's or any iterable; null is None."""
+    if not isinstance(values, pa.Array | pa.ChunkedArray) and hasattr(values, "__arrow_c_stream__"):
+        try:
+            values = pa.chunked_array(values)
+        except pa.ArrowException:  # a pandas column of objects of several types
+            values = list(values)
+    return values.to_pylist() if isinstance(values, pa.Array | pa.ChunkedArray) else [_plain(value) for value in values]
+
+
+def _plain(value: Any) -> Any:
+    """A value of a column as a Python object. pandas reads lists as numpy arrays, and a null among texts as NaN."""
+    if isinstance(value, pa.Scalar):
+        return value.as_py()
+    if isinstance(value, float) and value != value:
+        return None
+    if isinstance(value, list | tuple | np.ndarray) or hasattr(value, "__arrow_c_stream__"):
+        return listed(value)
+    return value
 
 
 def check_text(name: str, text: str) -> str:

@@ -37,10 +37,11 @@ def continuation_logprobs(
     hold a batch, batches are halved from there on, and `on_halved` is told how many tokens they have then.
 
     Raises:
-        UserError: the model gives a score that is no finite number, its head is not a plain one, or the memory does
-            not hold a single sequence.
+        UserError: the model gives a score that is no finite number, its head is not a plain one, a token is not in its
+            vocabulary, or the memory does not hold a single sequence.
     """
     weight = head_weight(model)
+    _check_vocabulary(groups, min(len(weight), len(model.get_input_embeddings().weight)))
     budget = checked_budget(batch_tokens, model)
     scores = [np.full(len(group.continuations), np.nan) for group in groups]
     total = sum(len(continuation) for group in groups for continuation in group.continuations)
@@ -66,6 +67,13 @@ def continuation_logprobs(
     if shown:
         shown.close()
     return scores
+
+
+def _check_vocabulary(groups: Sequence[Group], size: int) -> None:
+    texts = (tokens for group in groups for tokens in (group.prefix, *group.continuations))
+    largest = max((max(tokens) for tokens in texts if len(tokens)), default=0)
+    if largest >= size:
+        raise UserError(f"the tokenizer gives a token {largest}, and the model knows {size}: pass the model's own one")
 
 
 def _in_halves(

@@ -63,9 +63,10 @@ def load_model(
     dtype = resolve_dtype(dtype, device)
     try:
         with _quiet():
-            model = AutoModelForCausalLM.from_pretrained(
-                checked, dtype=dtype, trust_remote_code=False, use_safetensors=True
+            model, info = AutoModelForCausalLM.from_pretrained(
+                checked, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True
             )
+        check_complete(name, info)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"no model loads from {name} ({_first_line(error)}): give a complete model folder") from error
     if device.type == "cpu":
@@ -75,14 +76,24 @@ def load_model(
     return model.to(device).eval()
 
 
+def check_complete(name: str | Path, info: dict[str, Any]) -> None:
+    """Raises UserError where transformers has made up weights of a model that its files lack."""
+    if missing := sorted(info["missing_keys"]):
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise UserError(f"{name} lacks the weight {missing[0]}{more}: give a complete model folder")
+
+
 def resolve_device(device: str | torch.device | None) -> torch.device:
     """The device asked for; CUDA where there is one if none is named."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.device(device)
+        found = torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise UserError(f"device {device!r} is unknown: use cpu or cuda") from error
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device is {device}, but torch sees no CUDA device: use cpu, or see slmfast doctor")
+    return found
 
 
 def resolve_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:
@@ -97,8 +108,7 @@ def resolve_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torc
 
 def as_model(model: ModelLike, device: Any, dtype: Any) -> nn.Module:
     """A module as it is, a path loaded. Raises UserError where a module would have to be changed."""
-    if not isinstance(model, nn.Module | str | Path):
-        raise UserError(f"model is a {type(model).__name__}: give a model, its folder's path or a hub name")
+    _check_kind(model)
     if not isinstance(model, nn.Module):
         return load_model(model, device=device, dtype=dtype)
     weight = next(model.parameters())
@@ -109,9 +119,15 @@ def as_model(model: ModelLike, device: Any, dtype: Any) -> nn.Module:
     return model
 
 
+def _check_kind(model: Any) -> None:
+    if not isinstance(model, nn.Module | str | Path):
+        raise UserError(f"model is a {type(model).__name__}: give a model, its folder's path or a hub name")
+
+
 def as_tokenizer(tokenizer: Any, model: ModelLike) -> Any:
     """A tokenizer as it is, or loaded from a path; None takes the one in the model's folder."""
     if tokenizer is None:
+        _check_kind(model)
         if isinstance(model, nn.Module):
             raise UserError("a module brings no tokenizer: pass one, or its folder's path")
         tokenizer = model

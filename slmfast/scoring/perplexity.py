@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from slmfast.errors import UserError
-from slmfast.scoring.encoding import Encoder, Prompt, check_text, listed_prompts
+from slmfast.scoring.encoding import Encoder, Prompt, check_text, listed, listed_prompts
 from slmfast.scoring.forward import continuation_logprobs
 from slmfast.scoring.loading import ModelLike, as_model, as_tokenizer, checked_window
 from slmfast.scoring.packing import Group
@@ -46,7 +46,11 @@ def perplexity(
     progress: bool = True,
     on_halved: Callable[[int], None] | None = None,
 ) -> pa.Table:
-    """The perplexity of every reply: one row a reply, in input order, with the columns of SCHEMA.
+    """The perplexity of every reply: one row a reply, in input order.
+
+    The columns are prompt_index and reply_index, tokens (the reply's and the closing one), bits (minus the binary
+    logarithm of the probability of all of them), bits_per_token, and perplexity, which is 2 ** bits_per_token. An empty
+    or null reply has no tokens; one that is over the window has its tokens and no bits.
 
     Scored are the reply's tokens and the closing token, given the prompt. The replies of one prompt share its
     computation. Neither the order of the input nor `batch_tokens` changes a score by more than rounding.
@@ -54,15 +58,17 @@ def perplexity(
     Args:
         model: a causal language model, or a path or a hub name; these load in fp32 on a CPU, bf16 on CUDA.
         tokenizer: its tokenizer, a path, or None for the one in the model's folder.
-        prompts: each a str (one user turn) or a list of {role, content} messages.
-        replies: for each prompt a list of replies. An empty or null reply scores null.
+        prompts: each a str (one user turn) or a list of {role, content} messages; as a list, or a column of pyarrow,
+            polars, pandas or datasets. Special tokens that stand in a text are read as such.
+        replies: for each prompt a list of replies, in a list or such a column. An empty or null reply scores null, and
+            a null instead of a list stands for no replies.
         template: "chat" renders prompts with the tokenizer's chat template and the generation prompt, and replies
             close with what the template writes after them (`<|im_end|>` for Qwen2). None takes prompts as raw text,
             and replies close with the tokenizer's eos token.
         unconditional: score replies after a single start token (bos, or eos without one) instead of their prompts.
         window: the most tokens a sequence may have, the closing one included; the model's own limit unless given.
-        long: what becomes of a longer one. "reject" scores null. "slide" scores it in windows that advance by half
-            a window, so that each token sees half a window before it, or all there is.
+        long: what becomes of a longer one. "reject" scores null. "slide" scores it in windows: a full one first,
+            then ones whose end advances by half a window and which reach back a whole one.
         batch_tokens: tokens that go through the model together; what the device's memory allows unless given.
         device, dtype: where and in what a path is loaded.
         progress: show rate and time left on stderr.
@@ -121,12 +127,9 @@ def _table(
 def _paired(prompts: Iterable[Any], replies: Iterable[Any]) -> list[tuple[Prompt, list[str | None]]]:
     """Prompts beside their replies, as Python objects. Raises UserError naming what doesn't fit."""
     prompts = listed_prompts(prompts)
-    if isinstance(replies, pa.Array | pa.ChunkedArray):
-        replies = replies.to_pylist()
-    elif isinstance(replies, str) or not isinstance(replies, Iterable):
+    if isinstance(replies, str) or not isinstance(replies, Iterable):
         raise UserError(f"replies is a {type(replies).__name__}: give a list of replies for every prompt")
-    else:
-        replies = list(replies)
+    replies = [[] if several is None else several for several in listed(replies)]
     if len(prompts) != len(replies):
         raise UserError(f"{len(prompts)} prompts but {len(replies)} lists of replies: give one list for every prompt")
     for i, several in enumerate(replies):

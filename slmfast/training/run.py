@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from slmfast.errors import UserError
 from slmfast.model_folder import SINGLE, ModelWeights, check_model_folder, check_output, write_companions, write_tensors
 from slmfast.scoring.head import head_weight
+from slmfast.scoring.loading import check_complete
 from slmfast.store import atomic_path, digest, model_digest, read_json, remove, remove_temporaries, write_json
 from slmfast.training import checkpoint
 from slmfast.training.budgeted import enforced, fitted
@@ -179,9 +180,15 @@ def load_model(path: Path) -> nn.Module:
     """
     check_model_folder(path)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, local_files_only=True, use_safetensors=True, attn_implementation="sdpa"
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=torch.float32,
+            local_files_only=True,
+            use_safetensors=True,
+            attn_implementation="sdpa",
+            output_loading_info=True,
         )
+        check_complete(path, info)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{path} can't be loaded as a causal language model ({_one_line(error)}): check it") from error
     for parameter in model.parameters():

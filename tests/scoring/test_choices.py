@@ -96,7 +96,7 @@ def test_each_prompt_may_have_choices_of_its_own(model, tokenizer):
     [
         ([["yes", "no"]], "4 prompts but 1 lists"),
         ([["yes"], [], ["a"], ["b"]], r"choices \[\]"),
-        ([["yes"], ["a", "a"], ["a"], ["b"]], "each may stand there once"),
+        ([["yes"], ["a", "a"], ["a"], ["b"]], "stands there twice"),
         ([["yes"], "no", ["a"], ["b"]], "choices"),
     ],
 )
