@@ -75,7 +75,7 @@ def read_items(benchmarks: Mapping[str, Sequence[Path]]) -> list[Item]:
         for path in paths:
             try:
                 found = [_item(name, f"{path.name}:{line}", value) for line, value in _values(path)]
-            except (Broken, OSError) as error:
+            except (Broken, OSError, UnicodeDecodeError, csv.Error) as error:
                 raise UserError(f"recipe key align.benchmarks.{name}: {path} can't be read: {error}") from error
             if not found:
                 raise UserError(f"recipe key align.benchmarks.{name}: {path} holds no item: correct the path")
@@ -99,7 +99,7 @@ def _values(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _csv_values(path: Path) -> Iterator[tuple[int, Any]]:
-    rows = csv.reader(io.StringIO(path.read_text(encoding="utf-8-sig", errors="replace"), newline=""))
+    rows = csv.reader(io.StringIO(path.read_text(encoding="utf-8-sig"), newline=""))
     header: list[str] | None = None
     line = 1
     for cells in rows:

@@ -78,7 +78,7 @@ class Job:
 
     def model_name(self, role: str) -> str:
         """What the recipe calls the model in a role; on a server, the server's name of it."""
-        return self.recipe.engine(role).model or getattr(self.recipe.models, role) or self.recipe.models.large
+        return self.recipe.model_name(role)
 
     @contextmanager
     def engine(self, role: str) -> Iterator[Engine]:

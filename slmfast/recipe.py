@@ -269,6 +269,10 @@ class Recipe:
             return EngineSettings(kind=kind)
         return dataclasses.replace(given, kind=kind, model=given.model or name, tokenizer=given.tokenizer or name)
 
+    def model_name(self, role: str) -> str:
+        """What the model in a role is called; on a server, the server's name of it."""
+        return self.engine(role).model or getattr(self.models, role) or self.models.large
+
     def engine_role(self, role: str) -> str:
         """The role whose keys say who runs a role: its own, or large for a judge that is named nowhere."""
         unnamed = role == "judge" and self.models.judge is None and self.engines.judge is None

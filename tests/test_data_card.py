@@ -33,9 +33,9 @@ def rated(n):
     return row | {"ratings": [rating | {"quality": quality} for quality in (0.5, 1.0, 0.0)]}
 
 
-def recipe(licence="GPL-3.0"):
+def recipe(licence="GPL-3.0", more=()):
     sources = f"[{{name: dolly, format: dolly, path: d, licence: {licence}}}, {{name: belle, format: belle, path: b}}]"
-    return load_recipe(None, ["name=tiny", f"collect.sources={sources}", "align.sft_size=20"])
+    return load_recipe(None, ["name=tiny", f"collect.sources={sources}", "align.sft_size=20", *more])
 
 
 @pytest.fixture
@@ -113,3 +113,10 @@ def test_without_earlier_stages_it_says_what_it_knows(run, tmp_path_factory):
     card = (folder / "out" / DATA_CARD).read_text(encoding="utf-8")
     assert cells(card, "collect") == [["–"] * 4]
     assert cells(card, "SFT")[0][-1] == "20"
+
+
+def test_a_served_model_is_called_by_the_servers_name(run):
+    served = "{large: {kind: openai, base_url: http://127.0.0.1:1/v1, model: Served-7B, tokenizer: builtin:large}}"
+    card = write(run, more=[f"engines={served}"])
+    assert "Served-7B" in card and "Served-7B (the large model)" in card and "builtin:large |" not in card
+    assert "base_url: http://127.0.0.1:1/v1" in card

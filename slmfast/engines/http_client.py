@@ -104,7 +104,7 @@ class HttpClient:
                 self.failures[failure.kind] += 1
                 last = failure
             if tries < self.settings.tries:
-                pause = min(self.settings.backoff * 2 ** (tries - 1), LONGEST_PAUSE) * random.uniform(0.5, 1.0)
+                pause = min(self.settings.backoff * 2 ** min(tries - 1, 30), LONGEST_PAUSE) * random.uniform(0.5, 1.0)
                 await asyncio.sleep(max(pause, last.wait))
         raise self._given_up(
             UserError(
@@ -132,7 +132,8 @@ class HttpClient:
             self._refuse(path, answer.status, answer.headers.get("Retry-After"), body)
         try:
             return read(json.loads(body))
-        except (Unreadable, KeyError, TypeError, IndexError, ValueError):
+        # Whatever the wrong shape of an answer sets off: a list for a text, a count that is infinite, deep nesting.
+        except (Unreadable, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError):
             raise _Failed("an answer that can't be read") from None
 
     def _new_session(self) -> aiohttp.ClientSession:

@@ -186,11 +186,11 @@ class OpenAIEngine:
 
     def choose(self, prompts: Sequence[Prompt], choices: Sequence[Sequence[str]]) -> list[np.ndarray]:
         """The log-probability of each prompt's whole choices, one array a prompt; see slmfast.choose."""
-        return scored_choices(self.encoder, self.window, prompts, choices, self._scores) if prompts else []
+        return scored_choices(self.encoder, self.window - 1, prompts, choices, self._scores) if prompts else []
 
     def perplexity(self, prompts: Sequence[Prompt], replies: Sequence[Sequence[str | None]]) -> pa.Table:
         """One row a reply; see slmfast.perplexity."""
-        return scored_replies(self.encoder, self.window, prompts, replies, self._scores)
+        return scored_replies(self.encoder, self.window - 1, prompts, replies, self._scores)
 
     def _scores(self, groups: Sequence[Group]) -> list[np.ndarray]:
         requests = [self._score(group.prefix, continuation) for group in groups for continuation in group.continuations]

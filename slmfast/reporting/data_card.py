@@ -30,7 +30,7 @@ from slmfast.reporting.run_folder import RunFolder
 from slmfast.store import DATA_CARD, atomic_path, digest
 
 DATA_STAGES = STAGES[: STAGES.index("align") + 1]
-SETTINGS = ("name", "seed", "threads", "world", "models", *DATA_STAGES)
+SETTINGS = ("name", "seed", "threads", "world", "models", "engines", *DATA_STAGES)
 _MARK = "<!-- facts "  # the last line begins so: a digest of all that the card was made from
 
 
@@ -118,13 +118,13 @@ def _by_stage(column: str, words: dict[str, str], found: dict[str, Counter[str]]
 
 
 def _making(run: RunFolder) -> Section:
-    models, recipe = run.recipe.models, run.recipe
+    recipe = run.recipe
     diversify, notes = run.notes("diversify"), run.notes("align").get("contamination", {})
     entropy, gini = ((diversify.get(key) or [None, None]) for key in ("entropy_bits", "gini"))
     rows = [
-        ["labels, and large replies", models.large],
-        ["small replies", models.small],
-        ["perplexity and judgements", models.judge or f"{models.large} (the large model)"],
+        ["labels, and large replies", recipe.model_name("large")],
+        ["small replies", recipe.model_name("small")],
+        ["perplexity and judgements", run.judge_name()],
         ["labels before diversify", whole(len(diversify["labels"])) if "labels" in diversify else NOTHING],
         ["entropy of the labels, before and after (bits)", " and ".join(map(decimal, entropy))],
         ["Gini coefficient of the labels, before and after", " and ".join(map(decimal, gini))],

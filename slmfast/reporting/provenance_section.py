@@ -47,7 +47,6 @@ def _class_weights(run: RunFolder) -> list[str]:
 def provenance_section(run: RunFolder) -> Section:
     """The recipe, the machine and the versions, and the command that repeats the run."""
     recipe = dump_recipe(run.recipe)
-    models = run.recipe.models
     blocks: list[Block] = [
         Text(
             "The run's folder holds recipe.yaml, the same text as the settings below. The same recipe and seed give "
@@ -58,8 +57,8 @@ def provenance_section(run: RunFolder) -> Section:
         Table(
             "Models",
             ["role", "model"],
-            [[role, str(getattr(models, role))] for role in ("base", "large", "small")]
-            + [["judge, and perplexity", models.judge or f"{models.large} (the large model)"]],
+            [[role, run.recipe.model_name(role)] for role in ("base", "large", "small")]
+            + [["judge, and perplexity", run.judge_name()]],
             text_columns=2,
         ),
         Table("Environment of the report", ["what", "how it stands"], _environment(run), text_columns=2),

@@ -20,6 +20,11 @@ class RunFolder:
     recipe: Recipe
     stages: dict[str, Path]  # the folder of each stage that the report reads, in the order of the pipeline
 
+    def judge_name(self) -> str:
+        """What the judge is called, and whether it is the large model for want of one of its own."""
+        name = self.recipe.model_name("judge")
+        return name if self.recipe.engine_role("judge") == "judge" else f"{name} (the large model)"
+
     def manifest(self, stage: str) -> dict[str, Any]:
         """The manifest of a stage; empty where the stage hasn't run."""
         path = self.stages[stage] / MANIFEST

@@ -72,7 +72,9 @@ def _read(job: Job, source: Source) -> Iterator[Record | Rejection]:
 def _digests(paths: list[Path]) -> dict[str, str]:
     """The content hash of each file, under its name below the folder that all of them share."""
     common = os.path.commonpath([path.parent for path in paths])
-    return {path.relative_to(common).as_posix(): file_digest(path) for path in paths}
+    names = (path.relative_to(common).as_posix() for path in paths)
+    plain = (name.encode(errors="replace").decode() for name in names)  # a name may hold bytes that are not UTF-8
+    return {name: file_digest(path) for name, path in zip(plain, paths, strict=True)}
 
 
 def _batches(items: Iterator[Record | Rejection]) -> Iterator[list[Record | Rejection]]:

@@ -14,7 +14,16 @@ from collections import Counter
 
 from aiohttp import web
 
-KINDS = ("429", "500", "hang", "cut", "garbage", "missing")
+KINDS = ("429", "500", "hang", "cut", "garbage", "missing", "odd")
+ODD = [  # JSON, but no answer
+    "[" * 100_000,
+    '{"choices": [{"message": {"content": [{"text": "a"}]}, "finish_reason": "stop"}], "usage": {"prompt_tokens": 1}}',
+    '{"choices": [{"message": {"content": 7}, "finish_reason": "stop"}]}',
+    '{"choices": [{"message": {"content": "a"}, "finish_reason": "stop"}], "usage": [1]}',
+    '{"choices": [{"message": {"content": "a"}, "finish_reason": "stop"}], "usage": {"prompt_tokens": Infinity}}',
+    '{"choices": null}',
+    "null",
+]
 
 
 class Server:
@@ -82,6 +91,8 @@ class Server:
             return web.Response(
                 text=json.dumps(answer)[: self.random.randrange(2, 60)], content_type="application/json"
             )
+        if kind == "odd":
+            return web.Response(text=ODD[self.faults[kind] % len(ODD)], content_type="application/json")
         if kind == "missing":
             del answer["choices"][0]
         await asyncio.sleep(self.options.get("seconds", 0) * (1 + self.random.random() * self.options.get("spread", 0)))

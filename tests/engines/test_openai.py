@@ -107,10 +107,10 @@ def check_every_record_once(server, engine, prompts):
 
 
 def test_faults_are_asked_again(serve, engine_of):
-    server = serve(faults={"429": 0.1, "500": 0.05, "cut": 0.05, "garbage": 0.05, "missing": 0.05}, seed=5)
+    server = serve(faults={"429": 0.1, "500": 0.05, "cut": 0.05, "garbage": 0.05, "missing": 0.05, "odd": 0.2}, seed=5)
     engine = engine_of(server, tries=40)
     stats = check_every_record_once(server, engine, PROMPTS)
-    assert set(stats["faults"]) == {"429", "500", "cut", "garbage", "missing"}
+    assert set(stats["faults"]) == {"429", "500", "cut", "garbage", "missing", "odd"} and stats["faults"]["odd"] > 20
     kinds = set(engine.client.failures)
     assert {"HTTP 429", "HTTP 500", "an answer that can't be read"} < kinds
     assert any(kind.startswith("a cut connection") for kind in kinds)
