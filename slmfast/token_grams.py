@@ -22,6 +22,7 @@ _COMPOSED = 4  # added where NFKC may join a character with others, or take it a
 _PLANES = 0x110000
 _LETTERS = 0x20000  # above the first two planes there are only Han characters
 _HAN = (0x20000, 0x3FFFF)
+_COMPATIBLE = (0x2F800, 0x2FA1F)  # ... of which these are others' doubles
 _CHARACTER_BASE = np.uint64(0x9E3779B97F4A7C15 | 1)
 _TOKEN_BASE = np.uint64(0xD6E8FEB86659FD93 | 1)
 
@@ -47,23 +48,30 @@ def tables() -> Tables:
     kinds = np.zeros(_PLANES, dtype=np.uint8)
     letters = np.arange(_PLANES, dtype=np.uint64)
     kinds[_HAN[0] : _HAN[1] + 1] = _ALONE
+    kinds[_COMPATIBLE[0] : _COMPATIBLE[1] + 1] = _ALONE + _COMPOSED
     for code in range(_LETTERS):
         character = chr(code)
         plain = unicodedata.normalize("NFKC", character).lower()
         if len(plain) > 1 and not any(map(str.isalnum, plain)):
+            # A space and a mark, as the acute accent that stands alone, is seen once its text has been normalised.
+            kinds[code] = _COMPOSED if any(map(_is_mark, plain)) else _APART
             continue
         letters[code] = ord(plain[0])
         kinds[code] = _kind(plain[0])
-        if len(plain) != 1 or unicodedata.category(plain).startswith("M") or 0x1100 <= code <= 0x11FF:
+        if len(plain) != 1 or _is_mark(plain) or 0x1100 <= code <= 0x11FF:
             kinds[code] += _COMPOSED
     return Tables(kinds, _mixed(letters))
 
 
 def _kind(character: str) -> int:
-    if not character.isalnum() and not unicodedata.category(character).startswith("M"):
+    if not character.isalnum() and not _is_mark(character):
         return _APART
     name = unicodedata.name(character, "")
     return _ALONE if name.startswith(("CJK UNIFIED", "CJK COMPAT", "HIRAGANA LETTER", "KATAKANA LETTER")) else _WORD
+
+
+def _is_mark(character: str) -> bool:
+    return unicodedata.category(character).startswith("M")
 
 
 def _mixed(values: np.ndarray) -> np.ndarray:

@@ -62,6 +62,22 @@ def test_hashes_are_equal_where_tokens_are():
         assert len(set(zip(grams, hashes.tolist(), strict=True))) == len(set(grams)) == len(set(hashes.tolist()))
 
 
+def test_every_character_gives_as_many_hashes_as_tokens():
+    """The passage of a hit is cut out by the numbers of its tokens."""
+    characters = [chr(code) for code in range(0x30000) if not 0xD800 <= code < 0xE000]
+    for shape in ("a{}b", "a {} b"):
+        texts = [shape.format(character) for character in characters]
+        counts = np.diff(hash_tokens(texts).starts).tolist()
+        assert [text for text, count in zip(texts, counts, strict=True) if len(tokens(text)) != count] == []
+
+
+@pytest.mark.parametrize("character", "´¨¯￣゛")
+def test_a_mark_that_stands_alone_hides_no_item(character):
+    item = " ".join(f"word{n}" for n in range(20))
+    hits = Index([Item("gsm8k", "f:1", item, item)]).find([f"x {character} {item}", f"x{character} {item}"])
+    assert [(hit.text, hit.how) for hit in hits] == [(0, OVERLAP), (1, OVERLAP)]
+
+
 def test_hashes_do_not_depend_on_the_other_texts():
     alone = [text_hashes(hash_tokens([text])).tolist()[0] for text in TEXTS]
     assert text_hashes(hash_tokens(TEXTS)).tolist() == alone
