@@ -48,7 +48,10 @@ def load_tokenizer(name: str | Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(checked, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise UserError(f"no tokenizer loads from {name} ({_first_line(error)}): add its tokenizer files") from error
+        remedy = "add its tokenizer files" if folder.is_dir() else "check the name, and the way to the hub"
+        if "config file" in str(error) and "JSON" in str(error):
+            remedy = "mend its config.json"
+        raise UserError(f"no tokenizer loads from {name} ({_first_line(error)}): {remedy}") from error
 
 
 def load_model(

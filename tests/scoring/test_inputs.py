@@ -96,3 +96,10 @@ def test_wrong_models_and_devices_are_named(tokenizer, tmp_path, monkeypatch):
 def test_a_choice_named_twice_is_said(model, tokenizer):
     with pytest.raises(UserError, match="'0' stands there twice"):
         slmfast.choose(model, tokenizer, ["a"], ["0", "1", "0"], progress=False)
+
+
+def test_a_broken_configuration_is_not_the_tokenizers_fault(model, tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"mend its config\.json"):
+        slmfast.perplexity(tmp_path, None, ["a"], [["b"]], progress=False)
