@@ -197,9 +197,11 @@ def _said(body: bytes) -> str:
     """What a server says of its no, in one short line."""
     text = body.decode(errors="replace")
     try:
-        answer = json.loads(text)
-        told = answer.get("error", answer) if isinstance(answer, dict) else answer
-        text = str(told.get("message", told)) if isinstance(told, dict) else str(told)
+        told = json.loads(text)
     except ValueError:
-        pass  # plain text, or a page
-    return " ".join(text.split())[:200]
+        told = text  # plain text, or a page
+    if isinstance(told, dict):
+        told = told.get("error", told)
+    if isinstance(told, dict):
+        told = told.get("message", told)
+    return " ".join(str(told).split())[:200]
