@@ -36,7 +36,7 @@ from slmfast.errors import UserError
 from slmfast.scoring.loading import load_tokenizer
 
 QUICK = Sizes(prompts=4, trial=1, judged=2, batches=(1, 4), positions=4096)
-FULL = Sizes(prompts=32, trial=6, judged=16, batches=(1, 4, 8, 16), positions=4096)
+FULL = Sizes(prompts=16, trial=6, judged=6, batches=(1, 4, 8, 16), positions=4096)
 # A GPU takes thousands of tokens at once, and a dozen prompts would say nothing about it.
 QUICK_CUDA = Sizes(prompts=128, trial=32, judged=64, batches=(8, 16, 32, 64), positions=4096)
 FULL_CUDA = Sizes(prompts=160, trial=64, judged=160, batches=(8, 16, 32, 64, 128), positions=4096)

@@ -4,9 +4,11 @@ A row of the bilingual Alpaca set gives its instruction and its own reply; the f
 of the same language whose lengths are nearest to it.
 """
 
+import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -14,7 +16,8 @@ from inputs import data_folder
 
 from slmfast.errors import UserError
 
-PARTS = 4  # files of 1,000 rows that are read: 8,000 prompts to choose from
+LANGUAGES = ("en", "zh")
+PARTS = 4  # files of 1,000 rows that are read at a time: 8,000 prompts to choose from
 LONGEST = 512  # tokens of a prompt and a reply; the full logits of 16 such sequences take 5 GB in fp32
 LONG = (120, 400)  # tokens of a prompt, template included
 SHORT = (28, 42)
@@ -84,20 +87,25 @@ class TextSet:
         return f"{prompts}, {len(self.pairs[0])} replies each of {reply:.0f}"
 
 
-def exchanges(seed: int) -> tuple[str, list[Exchange]]:
-    """(what they are, the exchanges): bilingual Alpaca, or the miniature's where no data is there."""
+def exchanges(seed: int) -> tuple[str, Iterator[list[Exchange]]]:
+    """(what they are, the exchanges some files at a time): bilingual Alpaca, or the miniature's without data."""
     folder = data_folder()
     if folder is None:
-        return "miniature texts", _made_up(2000, seed)
-    found = []
+        return "miniature texts", iter([_made_up(2000, seed)])
     parts = sorted((folder / "alpaca-bilingual-52k").glob("*.json"))
-    for part in Random(seed).sample(parts, min(PARTS, len(parts))):
+    Random(seed).shuffle(parts)
+    return "bilingual Alpaca", (_read(parts[at : at + PARTS]) for at in range(0, len(parts), PARTS))
+
+
+def _read(parts: list[Path]) -> list[Exchange]:
+    found = []
+    for part in parts:
         for row in json.loads(part.read_text(encoding="utf-8")):
             for language in ("en", "zh"):
                 instruction, passage, reply = (row[f"{language}_{name}"] for name in ("instruction", "input", "output"))
                 if isinstance(reply, str) and reply.strip():
                     found.append(Exchange(language, f"{instruction}\n{passage}" if passage else instruction, reply))
-    return "bilingual Alpaca", found
+    return found
 
 
 def _made_up(count: int, seed: int) -> list[Exchange]:
@@ -118,16 +126,49 @@ def _made_up(count: int, seed: int) -> list[Exchange]:
 
 
 class Drawer:
-    """Draws sets from exchanges that are tokenised once."""
+    """Draws sets from exchanges that are tokenised once, and read as far as a draw needs them."""
 
     def __init__(self, tokenizer: Any, seed: int):
-        self.source, self._rows = exchanges(seed)
-        self._seed = seed
-        closing = closing_token(tokenizer)
-        contexts = token_ids(tokenizer, [rendered(tokenizer, row.prompt) for row in self._rows])
-        replies = token_ids(tokenizer, [row.reply for row in self._rows])
-        self._contexts = [tuple(ids) for ids in contexts]
-        self._continuations = [(*ids, closing) for ids in replies]
+        self.source, self._unread = exchanges(seed)
+        self._seed, self._tokenizer = seed, tokenizer
+        self._rows: list[Exchange] = []
+        self._contexts: list[tuple[int, ...]] = []
+        self._continuations: list[tuple[int, ...]] = []
+        self._ends: list[int] = []  # how many rows there were after each reading
+
+    def _read_more(self) -> bool:
+        rows = next(self._unread, None)
+        if rows is None:
+            return False
+        closing = closing_token(self._tokenizer)
+        contexts = token_ids(self._tokenizer, [rendered(self._tokenizer, row.prompt) for row in rows])
+        replies = token_ids(self._tokenizer, [row.reply for row in rows])
+        self._rows += rows
+        self._contexts += [tuple(ids) for ids in contexts]
+        self._continuations += [(*ids, closing) for ids in replies]
+        self._ends.append(len(self._rows))
+        return True
+
+    def _able(self, prompts: int, lengths: tuple[int, int]) -> tuple[int, dict[str, list[int]]]:
+        """How many rows hold enough prompts of such lengths, and which these are, by language.
+
+        What was read for another draw does not count: a draw is a function of the seed and its own arguments.
+        """
+        for reading in itertools.count():
+            if reading == len(self._ends) and not self._read_more():
+                break
+            end = self._ends[reading]
+            able = {
+                language: [i for i in range(end) if self._rows[i].language == language and self._fits(i, lengths)]
+                for language in LANGUAGES
+            }
+            if all(len(able[language]) >= _wanted(prompts, language) for language in LANGUAGES):
+                return end, able
+        language = min(LANGUAGES, key=lambda language: len(able[language]))
+        raise UserError(
+            f"{self.source} holds {len(able[language])} prompts of {lengths[0]} to {lengths[1]} tokens in {language}, "
+            f"and {_wanted(prompts, language)} are wanted: give a smaller --prompts"
+        )
 
     def draw(self, prompts: int, replies: int, lengths: tuple[int, int]) -> TextSet:
         """A set whose prompts have so many tokens; half of them are Chinese.
@@ -136,19 +177,10 @@ class Drawer:
             UserError: there are not so many.
         """
         rng = Random(f"{self._seed} {lengths}")
-        chosen: list[list[int]] = []
-        for language in ("en", "zh"):
-            able = [i for i, row in enumerate(self._rows) if row.language == language and self._fits(i, lengths)]
-            wanted = (prompts + (language == "en")) // 2
-            if len(able) < wanted:
-                low, high = lengths
-                raise UserError(
-                    f"{self.source} holds {len(able)} prompts of {low} to {high} tokens in {language}, and {wanted} "
-                    "are wanted: give a smaller --prompts"
-                )
-            chosen.append(rng.sample(able, wanted))
+        end, able = self._able(prompts, lengths)
+        chosen = [rng.sample(able[language], _wanted(prompts, language)) for language in LANGUAGES]
         order = [row for number in range(prompts) for row in chosen[number % 2][number // 2 : number // 2 + 1]]
-        groups = [[row, *self._like(row, replies - 1)] for row in order]
+        groups = [[row, *self._like(row, replies - 1, end)] for row in order]
         return TextSet(
             self.source,
             lengths,
@@ -161,11 +193,11 @@ class Drawer:
         context = len(self._contexts[row])
         return lengths[0] <= context <= lengths[1] and context + len(self._continuations[row]) <= LONGEST
 
-    def _like(self, row: int, count: int) -> list[int]:
-        """Other rows of the same language with other replies, whose lengths are nearest."""
+    def _like(self, row: int, count: int, end: int) -> list[int]:
+        """Others of the first `end` rows, of the same language with other replies, whose lengths are nearest."""
         own, room = len(self._continuations[row]), LONGEST - len(self._contexts[row])
         taken, found = {self._rows[row].reply}, []
-        for i in sorted(range(len(self._rows)), key=lambda i: (abs(len(self._continuations[i]) - own), i)):
+        for i in sorted(range(end), key=lambda i: (abs(len(self._continuations[i]) - own), i)):
             other = self._rows[i]
             fits = len(self._continuations[i]) <= room
             if other.language == self._rows[row].language and other.reply not in taken and fits:
@@ -174,6 +206,10 @@ class Drawer:
             if len(found) == count:
                 break
         return found
+
+
+def _wanted(prompts: int, language: str) -> int:
+    return (prompts + (language == LANGUAGES[0])) // 2
 
 
 def rendered(tokenizer: Any, prompt: str) -> str:

@@ -96,8 +96,19 @@ def _rows(path: Path, method: str) -> Iterator[dict[str, Any]]:
             missing = [column for column in wanted if column not in parquet.schema_arrow.names]
             if missing:
                 raise UserError(f"{file} has no column {missing[0]!r}: a {method} set has {', '.join(wanted)}")
+            if method == "sft":
+                _refuse_judged(file, parquet.schema_arrow)
             for batch in parquet.iter_batches(batch_size=ROWS_AT_ONCE, columns=wanted):
                 yield from batch.to_pylist()
+
+
+def _refuse_judged(file: Path, schema: pa.Schema) -> None:
+    """Refuses to imitate a KTO set: SFT would train on its bad replies as on its good ones."""
+    if "label" in schema.names and pa.types.is_boolean(schema.field("label").type):
+        raise UserError(
+            f"{file} has a column of true and false labels, as a KTO set has: train kto, or write the rows to imitate "
+            "without that column"
+        )
 
 
 def tokenize(tokenizer: Any, prompt: Any, completion: Any, where: str = "a row") -> tuple[list[int], list[int]]:

@@ -15,6 +15,8 @@ from torch import Tensor
 from slmfast.training.data import make_groups
 from slmfast.training.settings import LOSS_TYPES
 
+NO_LABEL = "a KTO label is neither 0 nor 1: give bool, or 1 for desirable and 0 for undesirable"
+
 
 def kto_loss(
     policy_logps: Tensor,
@@ -53,11 +55,14 @@ def kto_loss(
     """
     tensors = [torch.as_tensor(t) for t in (policy_logps, reference_logps, policy_kl_logps, reference_kl_logps)]
     policy, reference, policy_kl, reference_kl = tensors
-    desirable = torch.as_tensor(labels, device=policy.device)
+    try:
+        desirable = torch.as_tensor(labels, device=policy.device)
+    except (ValueError, TypeError, RuntimeError) as error:  # text, None, lists of lists
+        raise ValueError(NO_LABEL) from error
     if any(t.shape != policy.shape for t in [*tensors, desirable]) or policy.dim() != 1:
         raise ValueError("kto_loss takes five vectors of one length: " + ", ".join(str(list(t.shape)) for t in tensors))
     if desirable.dtype != torch.bool and not ((desirable == 0) | (desirable == 1)).all():
-        raise ValueError("a KTO label is neither 0 nor 1: give bool, or 1 for desirable and 0 for undesirable")
+        raise ValueError(NO_LABEL)
     if group_size is not None and (not isinstance(group_size, Integral) or group_size < 2):
         raise ValueError(f"group_size is {group_size!r}: give a whole number of at least 2, or None for one group")
     if not isinstance(beta, Real) or not 0 < beta < math.inf:

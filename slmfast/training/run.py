@@ -37,6 +37,7 @@ from slmfast.training.trainer import Objective, ShowProgress, StepTrainer
 CARD = "training.json"
 LOG = "training_log.json"
 MARK = "run.json"  # in the work folder: whose checkpoints these are, and the budgets of their packs
+REFERENCES = "reference-*.safetensors"  # there, too: log-probabilities of the reference model
 # On a result's bytes. A budget decides on packs, as the device's memory does where none is set; the mark keeps them.
 WITHOUT_EFFECT = ("save_steps", "checkpointing", "report_to", "budget")
 
@@ -92,12 +93,13 @@ def train(run: Run, method: str, make_objective: MakeObjective, models: dict[str
     check_extras(settings)
     check_model_folder(run.model)
     check_output(run.output, CARD, [run.model, run.dataset, *models.values()])
-    with _threads(run.threads), _quiet_transformers(), _full_disk_named(run), enforced(settings.budget):
+    with _threads(run.threads), _quiet_transformers(), _tidied(run), _full_disk_named(run), enforced(settings.budget):
         run.fingerprint = _fingerprint(run, {name: model_digest(path) for name, path in models.items()})
         if _is_done(run):
             if _work_owner(run) == run.fingerprint:  # killed when all was done but this
                 _clear_work(run)
             return run.output
+        _refuse_other(run)
         model = load_model(run.model)
         _check_names(run.model, model)
         add_extras(model, settings, run.seed)
@@ -114,6 +116,8 @@ def train(run: Run, method: str, make_objective: MakeObjective, models: dict[str
         if run.progress:
             trainer.add_callback(ShowProgress(method))
         found = checkpoint.latest(run.work_folder)
+        if found:
+            _tell_resumed(run, len(setup.order))
         trainer.train(resume_from_checkpoint=str(found) if found else None)
         _export(run, model, masters, setup, trainer.history())
     _clear_work(run)
@@ -272,6 +276,15 @@ def _is_done(run: Run) -> bool:
     return card.is_file() and read_json(card).get("fingerprint") == run.fingerprint
 
 
+def _refuse_other(run: Run) -> None:
+    """Refuses to replace a finished model by one of another run: it may have taken days."""
+    if (run.output / CARD).is_file():
+        raise UserError(
+            f"{run.output} holds a finished model of other settings, data, seed, threads or versions: choose another "
+            "output folder, or remove that one"
+        )
+
+
 def _prepare_work(run: Run) -> None:
     """Clears the work folder of half-written files and of what another run left there, and marks it.
 
@@ -300,6 +313,11 @@ def _tell_dropped(run: Run) -> None:
         )
 
 
+def _tell_resumed(run: Run, steps: int) -> None:
+    done = checkpoint.steps_done(run.work_folder)
+    print(f"train {run.settings.method}: {done:,} of {steps:,} steps are done, going on from there", file=sys.stderr)
+
+
 def _work_owner(run: Run) -> str | None:
     """The fingerprint of the run whose checkpoints the work folder holds; None where it bears no mark of ours."""
     mark = run.work_folder / MARK
@@ -310,7 +328,7 @@ def _work_owner(run: Run) -> str | None:
 def _clear_work(run: Run) -> None:
     """Removes what a run keeps in its marked work folder, and the folder where nothing else is in it."""
     checkpoint.prune(run.work_folder, keep=0)
-    for file in (*run.work_folder.glob("reference-*.safetensors"), run.work_folder / MARK):  # the mark goes last
+    for file in (*run.work_folder.glob(REFERENCES), run.work_folder / MARK):  # the mark goes last
         remove(file)
     for folder in (run.work_folder, run.work_folder.parent if run.work is None else run.work_folder):
         if folder.is_dir() and not any(folder.iterdir()):
@@ -359,6 +377,18 @@ def _threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def _tidied(run: Run) -> Iterator[None]:
+    """Where a run is refused before it has done anything, no work folder stays behind."""
+    try:
+        yield
+    except UserError:
+        owned = bool(run.fingerprint) and _work_owner(run) == run.fingerprint
+        if owned and not checkpoint.folders(run.work_folder) and not any(run.work_folder.glob(REFERENCES)):
+            _clear_work(run)
+        raise
 
 
 @contextmanager

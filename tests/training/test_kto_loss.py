@@ -110,6 +110,8 @@ def test_a_bool_label_is_a_0_or_1_label():
     ("change", "message"),
     [
         ({"labels": torch.tensor([0, 1, 2, 1])}, "neither 0 nor 1"),
+        ({"labels": ["yes", "no", "yes", "no"]}, "neither 0 nor 1"),
+        ({"labels": [True, None, False, True]}, "neither 0 nor 1"),
         ({"labels": torch.tensor([0, 1])}, "one length"),
         ({"loss_type": "dpo"}, "loss_type is 'dpo'"),
         ({"group_size": 1}, "group_size is 1"),

@@ -119,9 +119,25 @@ def test_a_run_starts_anew_with_checkpointing_where_it_stopped_without(tiny_mode
     assert (output / "model.safetensors").read_bytes() == (calm / "model.safetensors").read_bytes()
 
 
-def test_an_output_is_never_the_reference(tiny_model, kto_set, tmp_path):
+def test_a_finished_model_is_never_replaced_by_another_run(tiny_model, sft_set, tmp_path):
+    output = train_sft(tiny_model, sft_set, tmp_path / "S1", SFT, progress=False)
+    before = (output / "model.safetensors").stat()
+    with pytest.raises(UserError, match=r"S1 holds a finished model of other settings.*choose another output folder"):
+        train_sft(tiny_model, sft_set, output, replace(SFT, learning_rate=2e-3), progress=False)
+    train_sft(tiny_model, sft_set, output, SFT, progress=False)  # the same run: left as it is
+    assert (output / "model.safetensors").stat() == before
+    assert not (tmp_path / ".work").exists()
+
+
+def test_a_kto_set_is_not_imitated(tiny_model, kto_set, tmp_path):
+    with pytest.raises(UserError, match="has a column of true and false labels, as a KTO set has: train kto, or"):
+        train_sft(tiny_model, kto_set, tmp_path / "S1", SFT, progress=False)
+    assert list(tmp_path.iterdir()) == [kto_set]  # nor does the refused run leave a work folder
+
+
+def test_an_output_is_never_the_reference(tiny_model, sft_set, kto_set, tmp_path):
     told = replace(SFT, method="kto")
-    reference = train_sft(tiny_model, kto_set, tmp_path / "S1", SFT, progress=False)
+    reference = train_sft(tiny_model, sft_set, tmp_path / "S1", SFT, progress=False)
     before = (reference / "model.safetensors").read_bytes()
     with pytest.raises(UserError, match="S1 is also an input: choose another output folder"):
         train_kto(tiny_model, kto_set, reference, told, reference=reference, progress=False)

@@ -71,7 +71,9 @@ def files(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
 
 
-def test_every_file_of_a_resumed_run_is_that_of_one_that_went_through(tiny_model, kto_set, tmp_path, monkeypatch):
+def test_every_file_of_a_resumed_run_is_that_of_one_that_went_through(
+    tiny_model, kto_set, tmp_path, monkeypatch, capsys
+):
     calm = train_kto(tiny_model, kto_set, tmp_path / "calm", SETTINGS, progress=False)
     step, calls = StepTrainer.training_step, []
     monkeypatch.setattr(
@@ -82,6 +84,7 @@ def test_every_file_of_a_resumed_run_is_that_of_one_that_went_through(tiny_model
     assert (tmp_path / ".work" / "S1" / "checkpoint-2").exists()
     monkeypatch.undo()
     output = train_kto(tiny_model, kto_set, tmp_path / "S1", SETTINGS, progress=False)
+    assert "2 of 6 steps are done, going on from there" in capsys.readouterr().err
     assert files(output) == files(calm) and {"training_log.json", "training.json"} < files(output).keys()
     rows = json.loads((output / "training_log.json").read_text())
     assert all(list(row)[:5] == ["step", "epoch", "loss", "learning_rate", "grad_norm"] for row in rows)

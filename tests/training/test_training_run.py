@@ -124,15 +124,12 @@ def test_accumulation_is_only_a_split_of_the_step(tiny_model, make_set, tmp_path
     assert log_of(split)[0]["grad_norm"] == pytest.approx(log_of(whole)[0]["grad_norm"], rel=1e-5)
 
 
-def test_a_finished_run_is_not_repeated_and_a_changed_one_is(tiny_model, sft_set, tmp_path):
+def test_a_finished_run_is_not_repeated(tiny_model, sft_set, tmp_path):
     output = train_sft(tiny_model, sft_set, tmp_path / "S1", SFT, progress=False)
     card = output / "training.json"
     made = card.stat().st_mtime_ns
     train_sft(tiny_model, sft_set, output, replace(SFT, save_steps=1), progress=False)
     assert card.stat().st_mtime_ns == made
-    weights = (output / "model.safetensors").read_bytes()
-    train_sft(tiny_model, sft_set, output, replace(SFT, learning_rate=2e-3), progress=False)
-    assert (output / "model.safetensors").read_bytes() != weights
 
 
 def test_the_models_own_positions_bound_the_window(tiny_model, make_set, tmp_path):
