@@ -13,6 +13,7 @@
 #include "parallel.hpp"
 #include "partition.hpp"
 #include "probe_join.hpp"
+#include "shared_work.hpp"
 
 namespace slmfast {
 namespace {
@@ -22,6 +23,8 @@ constexpr std::size_t kScratch = kSmallJoins ? 2'048 : 262'144;  // most fingerp
 constexpr std::size_t kPlain = kSmallJoins ? 1 : 8;  // leaves in a group that is not worth a new plan
 constexpr std::size_t kSample = 256;       // fingerprints whose bits are counted before a group is planned anew
 constexpr std::size_t kLargeSample = 4096;  // ... and before the first plan
+constexpr std::size_t kWorthGiving = kSmallJoins ? 8 : 1'024;  // fingerprints of a group that is given to a waiting thread
+constexpr std::size_t kRowsWorthGiving = kSmallJoins ? 2 : 256;  // ... and rows of one that is compared by brute force
 constexpr std::size_t kFew = 8;            // so few against many are compared faster than the many are partitioned
 
 // Scratch for partitions of groups that fit in a core's cache: taken and given back like a stack.
@@ -46,12 +49,26 @@ private:
     std::size_t used_ = 0;
 };
 
+// A copy of a group.
+struct CopiedGroup {
+    explicit CopiedGroup(const Group& group) : fp(group.size), id(group.size), all{fp.get(), id.get(), group.size} {
+        std::copy(group.fp, group.fp + group.size, fp.get());
+        std::copy(group.id, group.id + group.size, id.get());
+    }
+
+    Buffer<std::uint64_t> fp;
+    Buffer<std::uint32_t> id;
+    Group all;
+};
+
 // One thread's walk through the groups. With `cross`, pairs join left and right; else right is empty and left is
 // joined with itself.
 class Walk {
 public:
-    Walk(unsigned thread, std::size_t n, int k, bool cross, Isa isa, PairSink& sink, std::atomic<bool>& stopped)
-        : thread_(thread), k_(k), cross_(cross), ordered_(!cross), isa_(isa), costs_(costs_on(isa)),
+    // Without `shared` it does all of its work itself.
+    Walk(unsigned thread, std::size_t n, int k, bool cross, Isa isa, PairSink& sink, std::atomic<bool>& stopped,
+         SharedWork<Walk>* shared)
+        : shared_(shared), thread_(thread), k_(k), cross_(cross), ordered_(!cross), isa_(isa), costs_(costs_on(isa)),
           scan_(near_scan(isa)), tag_scan_(tag_scan(isa)), sink_(sink), stopped_(stopped), scratch_(4 * n) {}
 
     // Joins one top-level bucket: `consumed` key bits of plan.blocks[block] are equal in it.
@@ -65,6 +82,14 @@ public:
     void brute(const Group& left, const Group& right, std::uint64_t equal, std::size_t begin, std::size_t end) {
         constexpr std::size_t kRows = 64;
         for (std::size_t from = begin; from < end && !stopped_.load(std::memory_order_relaxed); from += kRows) {
+            if (end - from >= 2 * kRowsWorthGiving && can_give(left, right)) {
+                const std::size_t middle = from + (end - from) / 2;
+                const Group later = left.part(middle, cross_ ? end : left.size);
+                give(later, right, [equal, rows = end - middle](Walk& walk, const Group& mine, const Group& others) {
+                    walk.brute(mine, others, equal, 0, rows);
+                });
+                end = middle;
+            }
             const Group rows = left.part(from, std::min(end, from + kRows));
             if (cross_) {
                 compare_between(rows, right, equal);
@@ -175,8 +200,16 @@ private:
         differ_.resize(depth);
     }
 
-    // Parts a group by the block state.next, of whose key `consumed` bits are already equal.
+    // Parts a group by the block state.next, of whose key `consumed` bits are already equal, or has another thread do so.
     void split(const Group& left, const Group& right, const Plan& plan, const State& state, int consumed) {
+        if (std::max(left.size, right.size) < kWorthGiving || !can_give(left, right))
+            return split_here(left, right, plan, state, consumed);
+        give(left, right, [plan, state, consumed](Walk& walk, const Group& mine, const Group& others) {
+            walk.split_here(mine, others, plan, state, consumed);  // itself: given on and on, it would never be done
+        });
+    }
+
+    void split_here(const Group& left, const Group& right, const Plan& plan, const State& state, int consumed) {
         const std::size_t size = std::max(left.size, right.size);
         const Block& block = plan.blocks[state.next];
         const int most = std::min(kFanBits, block.width() - consumed);
@@ -193,6 +226,33 @@ private:
                         consumed + bits);
         }
         scratch_.release(mark);
+    }
+
+    // A walk of this thread for pairs between two groups of n fingerprints in all.
+    Walk crossing(std::size_t n) const { return {thread_, n, k_, true, isa_, sink_, stopped_, shared_}; }
+
+    // Goes where another walk stands.
+    Walk& stand(bool ordered, const std::vector<std::uint64_t>& differ) {
+        ordered_ = ordered;
+        differ_ = differ;
+        return *this;
+    }
+
+    // Whether a thread waits for work, and a copy of these rows is small.
+    bool can_give(const Group& left, const Group& right) const {
+        return shared_ != nullptr && left.size + right.size <= kScratch && shared_->wanted();
+    }
+
+    // Has another thread call run(walk, rows, others) with copies of them, for pairs that belong where this walk stands.
+    template <class Run>
+    void give(const Group& left, const Group& right, Run run) {
+        const auto rows = std::make_shared<const CopiedGroup>(left);
+        const auto others = std::make_shared<const CopiedGroup>(right);
+        shared_->give([rows, others, cross = cross_, ordered = ordered_, differ = differ_, run = std::move(run)](Walk& walk) {
+            if (cross == walk.cross_) return run(walk.stand(ordered, differ), rows->all, others->all);
+            Walk between = walk.crossing(rows->all.size + others->all.size);
+            run(between.stand(ordered, differ), rows->all, others->all);
+        });
     }
 
     // The group cut into 2^bits parts: in scratch where it fits, else where it is.
@@ -247,10 +307,8 @@ private:
             }
             const Group others = group.part(0, rest);
             const Group crowd = group.part(rest, group.size);
-            Walk between(thread_, group.size, k_, true, isa_, sink_, stopped_);
-            between.ordered_ = ordered_;
-            between.differ_ = differ_;
-            between.join_again(others, crowd, equal);
+            Walk between = crossing(group.size);
+            between.stand(ordered_, differ_).join_again(others, crowd, equal);
             join_again(others, {}, equal);
             return true;
         }
@@ -269,6 +327,7 @@ private:
         return value;
     }
 
+    SharedWork<Walk>* const shared_;
     const unsigned thread_;
     const int k_;
     const bool cross_;
@@ -290,9 +349,11 @@ bool join(const std::uint64_t* left, std::size_t n_left, const std::uint64_t* ri
           int k, unsigned threads, Isa isa, PairSink& sink) {
     if (n_left == 0 || (cross && n_right == 0)) return true;
     std::atomic<bool> stopped{false};
+    SharedWork<Walk> shared;
     std::vector<Walk> walks;
     walks.reserve(threads);
-    for (unsigned thread = 0; thread < threads; ++thread) walks.emplace_back(thread, n_left + n_right, k, cross, isa, sink, stopped);
+    for (unsigned thread = 0; thread < threads; ++thread)
+        walks.emplace_back(thread, n_left + n_right, k, cross, isa, sink, stopped, &shared);
     Side a(left, n_left);
     Side b(right, n_right);
     const Work work = work_of(n_left, n_right, cross);
@@ -314,9 +375,14 @@ bool join(const std::uint64_t* left, std::size_t n_left, const std::uint64_t* ri
         std::iota(order.begin(), order.end(), std::size_t{0});
         std::sort(order.begin(), order.end(),  // the largest first, so that no thread is left with it at the end
                   [&](std::size_t x, std::size_t y) { return a.part(x).size > a.part(y).size; });
-        parallel_for(order.size(), threads, 1, [&](std::size_t i, std::size_t, unsigned thread) {
-            const Group others = cross ? b.part(order[i]) : Group{};
-            walks[thread].bucket(a.part(order[i]), others, plan, block, bits);
+        std::atomic<std::size_t> next{0};
+        parallel_for(threads, threads, 1, [&](std::size_t, std::size_t, unsigned thread) {
+            shared.run(walks[thread], [&] {
+                for (std::size_t i = next++; i < order.size(); i = next++) {
+                    const Group others = cross ? b.part(order[i]) : Group{};
+                    walks[thread].bucket(a.part(order[i]), others, plan, block, bits);
+                }
+            });
         });
     }
     return !stopped.load();

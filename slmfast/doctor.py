@@ -36,13 +36,18 @@ def findings(model: str | None = None) -> Iterator[tuple[str, str]]:
 
 
 def _scoring(name: str) -> str:
-    """How a model's replies are computed; loads it. Raises UserError where there is no such model."""
+    """How a model is scored; loads it and its tokenizer. Raises UserError where it cannot be."""
+    from slmfast.errors import UserError
     from slmfast.scoring.head import head_weight
-    from slmfast.scoring.loading import load_model
+    from slmfast.scoring.loading import load_model, load_tokenizer
     from slmfast.scoring.packable import why_not_packed
 
     model = load_model(name)
+    load_tokenizer(name)
     head_weight(model)
+    for weight, value in model.named_parameters():
+        if not value.isfinite().all():
+            raise UserError(f"{name}: weight {weight} holds NaN or infinity, and so would every score: save it anew")
     why = why_not_packed(model)
     if why is None:
         return f"{name}: in packs, prompts shared by their replies"

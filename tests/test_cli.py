@@ -1,6 +1,7 @@
 """The command line as a user meets it: what works prints its result, what can't is one line and exit code 2."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -180,6 +181,25 @@ def test_dedup_takes_settings_from_the_recipe(records, capsys, tmp_path):
         assert outcome(capsys, "dedup", tmp_path / "c", "-o", tmp_path / "d", *flags)[0] == 0
         settings = json.loads((tmp_path / "d" / "manifest.json").read_text())["settings"]
         assert (settings["k"], settings["verify"]) == expected
+
+
+def test_doctor_refuses_a_model_that_cannot_be_scored_with(capsys, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model = tmp_path / "model"
+    shutil.copytree(Path(slmfast.__file__).parent / "miniature" / "models" / "small", model)
+    code, _, error = outcome(capsys, "doctor", str(model))
+    assert code == 0, error
+    weights = load_file(model / "model.safetensors")
+    name = next(iter(weights))
+    weights[name].view(-1)[3] = float("nan")
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    code, _, error = outcome(capsys, "doctor", str(model))
+    assert code == 2 and f"weight {name} holds NaN" in error.splitlines()[-1]
+    for file in model.glob("*token*"):
+        file.unlink()
+    code, _, error = outcome(capsys, "doctor", str(model))
+    assert code == 2 and "holds no tokenizer" in error.splitlines()[-1]
 
 
 def test_doctor_tells_the_truth(capsys):
