@@ -17,8 +17,9 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 demo: install
 	$(BIN)/slmfast run
 
+# Two processes of one thread each: most tests keep one core busy, and torch's threads would wait for one another.
 test: install
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 # Every Triton kernel compiled for the RTX 3090 and read back from its machine code; needs no GPU. make test runs it too.
 sm86: install
