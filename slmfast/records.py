@@ -7,7 +7,9 @@ import hashlib
 import json
 from collections.abc import Sequence
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string())])
 
@@ -62,6 +64,19 @@ def prompt_text(prompt: Sequence[dict[str, str]]) -> str:
     if len(prompt) == 1:
         return prompt[0]["content"]
     return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+
+
+def prompt_texts(prompts: pa.ListArray) -> pa.LargeStringArray:
+    """prompt_text of every prompt of a column, without a Python object a row."""
+    turns = prompts.flatten()
+    roles, contents = (pc.struct_field(turns, name).cast(pa.large_string()) for name in ("role", "content"))
+    counts = prompts.value_lengths()
+    alone = pc.equal(counts, 1).take(pc.list_parent_indices(prompts))
+    lines = pc.if_else(
+        alone, contents, pc.binary_join_element_wise(roles, contents, pa.scalar(": ", pa.large_string()))
+    )
+    ends = np.cumsum(counts.to_numpy(), dtype=np.int64)
+    return pc.binary_join(pa.LargeListArray.from_arrays(np.append(0, ends), lines), pa.scalar("\n", pa.large_string()))
 
 
 def conversation(prompt: Sequence[dict[str, str]], reply: str) -> list[dict[str, str]]:
