@@ -57,7 +57,13 @@ def _clause(strings: frozenset[str]) -> list[Clause]:
     """The clause that one of these strings occurs: none where one of them is empty, and so in every text."""
     if "" in strings:
         return []
-    return [frozenset(s for s in strings if not any(other != s and other in s for other in strings))]
+    return [frozenset(s for s in strings if not any(s[i:j] in strings for i, j in _inside(len(s))))]
+
+
+@functools.cache
+def _inside(length: int) -> list[tuple[int, int]]:
+    """Where the proper parts of a string begin and end."""
+    return [(i, j) for i in range(length) for j in range(i + 1, length + 1) if j - i < length]
 
 
 def _inner(part: tuple[Any, Any]) -> list[Clause]:
