@@ -18,6 +18,7 @@
 #include "clusters.hpp"
 #include "common_id.hpp"
 #include "hamming_join.hpp"
+#include "literal_filter.hpp"
 #include "mapped_bytes.hpp"
 #include "normalised_rows.hpp"
 #include "parallel.hpp"
@@ -352,6 +353,24 @@ std::int64_t bind_common_id(const Dense<std::int64_t>& few, const Dense<std::int
     return common_id(from, n_few, among, n_many, used);
 }
 
+// The rules that may match each text: those of row i are numbers[offsets[i]:offsets[i + 1]].
+py::tuple bind_candidates(const LiteralFilter& filter, const Texts& texts) {
+    const std::int64_t n = texts.column().size();
+    Dense<std::int64_t> offsets(n + 1);
+    auto* end = offsets.mutable_data();
+    std::vector<std::uint32_t> found;
+    {
+        const py::gil_scoped_release release;
+        LiteralFilter::Scratch scratch(filter);
+        *end++ = 0;
+        texts.column().for_each(0, n, [&](std::int64_t, bool, std::string_view text) {
+            filter.candidates(text, scratch, found);
+            *end++ = static_cast<std::int64_t>(found.size());
+        });
+    }
+    return py::make_tuple(offsets, Dense<std::uint32_t>(static_cast<py::ssize_t>(found.size()), found.data()));
+}
+
 // A field of the wrong type is Python's TypeError, as a wrong argument is; pybind11 would say RuntimeError.
 void translate_cast_error(std::exception_ptr raised) {
     try {
@@ -389,6 +408,12 @@ PYBIND11_MODULE(_native, module) {
         .def_buffer([](const MappedBytes& bytes) {
             return py::buffer_info(bytes.data(), static_cast<py::ssize_t>(bytes.size()));
         });
+    py::class_<LiteralFilter>(module, "LiteralFilter", "Which rules may match a text, by literals they can't do without.")
+        .def(py::init<const std::vector<LiteralRule>&>(), py::arg("rules"),
+             "Each rule: alternatives, one of which must hold: clauses, all of which must hold: byte strings, one of "
+             "which must occur.")
+        .def("candidates", &bind_candidates, py::arg("texts"),
+             "(offsets int64[n + 1], rule numbers uint32[m]), ascending for each text; no other rule can match it");
     module.def("fingerprints", &bind_fingerprints, py::arg("texts"), py::arg("normalised"), py::arg("ngram"),
                py::arg("threads"), "(fingerprints uint64[n], states uint8[n])");
     module.def("near_pairs", &bind_near_pairs, py::arg("fingerprints").noconvert(), py::arg("k"), py::arg("threads"),

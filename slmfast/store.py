@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -181,8 +182,9 @@ class ShardWriter:
     """Writes a stream of rows as shards, each of a fixed number of rows or less; use it as a context manager.
 
     A shard ends early where its texts get large, so that any shard fits in memory. Where it ends depends on the rows
-    alone, never on how they come in. A table without rows still gets one
-    empty shard, so that its schema is known.
+    alone, never on how they come in. A table without rows still gets one empty shard, so that its schema is known.
+    A shard is packed and put on the disk by a thread of the writer's own, one at a time, while the next one is filled;
+    the end of the block waits for the last. What went wrong there is raised by the next shard, or at the end.
     """
 
     def __init__(self, folder: Path, schema: pa.Schema, rows_per_shard: int = ROWS_PER_SHARD):
@@ -194,6 +196,8 @@ class ShardWriter:
         self._pending_rows = 0
         self._pending_bytes = 0
         self._next = 0
+        self._thread = ThreadPoolExecutor(1)
+        self._written: Future[None] | None = None
 
     def write(self, rows: pa.RecordBatch | pa.Table | Iterable[dict[str, Any]]) -> None:
         """Appends rows; plain dictionaries are converted by the schema."""
@@ -223,16 +227,26 @@ class ShardWriter:
     def _flush(self) -> None:
         # One chunk a column: the pages of a Parquet file follow the chunks, and the bytes shall follow the rows alone.
         table = pa.Table.from_batches(self._pending, schema=self.schema).combine_chunks()
-        write_table(shard_path(self.folder, self._next), table)
+        self._wait()
+        self._written = self._thread.submit(write_table, shard_path(self.folder, self._next), table)
         self._next += 1
         self._pending, self._pending_rows, self._pending_bytes = [], 0, 0
+
+    def _wait(self) -> None:
+        if self._written is not None:
+            self._written.result()
 
     def __enter__(self) -> "ShardWriter":
         return self
 
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
-        if kind is None and (self._pending or self._next == 0):
-            self._flush()
+        try:
+            if kind is None and (self._pending or self._next == 0):
+                self._flush()
+            if kind is None:
+                self._wait()
+        finally:
+            self._thread.shutdown()
 
 
 def digest(value: Any) -> str:

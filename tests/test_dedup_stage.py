@@ -9,7 +9,7 @@ import pytest
 from slmfast.job import Job
 from slmfast.near_duplicates import dedup
 from slmfast.recipe import Recipe
-from slmfast.records import MESSAGE, RECORD_SCHEMA, prompt_text
+from slmfast.records import MESSAGE, RECORD_SCHEMA, prompt_text, prompt_texts
 from slmfast.stages import dedup as stage
 from slmfast.store import ShardWriter
 
@@ -24,12 +24,12 @@ def test_prompt_texts_are_those_of_the_records():
     rng = random.Random(5)
     prompts = [random_prompt(rng) for _ in range(3000)]
     column = pa.array(prompts, pa.list_(MESSAGE))
-    assert stage.prompt_texts(column).to_pylist() == [prompt_text(prompt) for prompt in prompts]
+    assert prompt_texts(column).to_pylist() == [prompt_text(prompt) for prompt in prompts]
     for start, length in ((7, 900), (2999, 1), (40, 0)):  # a slice keeps the buffers of the whole
         expected = [prompt_text(prompt) for prompt in prompts[start : start + length]]
-        assert stage.prompt_texts(column.slice(start, length)).to_pylist() == expected
+        assert prompt_texts(column.slice(start, length)).to_pylist() == expected
         padded = pa.RecordBatch.from_arrays([column], ["p"]).slice(start, length).column("p")
-        assert stage.prompt_texts(padded).to_pylist() == expected
+        assert prompt_texts(padded).to_pylist() == expected
 
 
 def run_stage(tmp_path, texts: list[str], rows_per_shard: int = 50, threads: int | None = None) -> Job:

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from slmfast import store
 from slmfast.errors import UserError
 from slmfast.store import (
     ShardWriter,
@@ -148,3 +149,22 @@ def test_json_round_trips_and_damage_is_named(tmp_path):
     (tmp_path / "a.json").write_text("{")
     with pytest.raises(UserError, match=r"a\.json is damaged"):
         read_json(tmp_path / "a.json")
+
+
+def test_a_shard_that_cannot_be_written_stops_the_writer(tmp_path, monkeypatch):
+    """Shards are written by a thread; what fails there is the caller's to hear, and no later shard hides it."""
+    written = store.write_table
+
+    def full(path, table):
+        if path.name == "part-00001.parquet":
+            raise OSError(28, "No space left on device")
+        written(path, table)
+
+    monkeypatch.setattr(store, "write_table", full)
+    schema = pa.schema([("x", pa.int64())])
+    for rows in (200, 120):  # told by a later shard, and at the end
+        folder = tmp_path / str(rows)
+        with pytest.raises(OSError, match="No space left"), ShardWriter(folder, schema, rows_per_shard=60) as writer:
+            for x in range(rows):
+                writer.write([{"x": x}])
+        assert [path.name for path in folder.iterdir()] == ["part-00000.parquet"]

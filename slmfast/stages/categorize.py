@@ -9,7 +9,7 @@ from slmfast.errors import UserError
 from slmfast.job import Counts, Job
 from slmfast.progress import Progress
 from slmfast.recipe import expand
-from slmfast.records import prompt_text
+from slmfast.records import prompt_texts
 from slmfast.store import ShardWriter, count_rows, file_digest, read_batches, table_schema
 
 INPUTS = ("collect",)
@@ -39,10 +39,8 @@ def run(job: Job) -> Counts:
     progress = Progress("categorize", count_rows(source))
     with ShardWriter(job.table("records"), schema) as writer:
         for batch in read_batches(source):
-            prompts = batch.column("prompt").to_pylist()
-            names = batch.column("source").to_pylist()
-            found = [categorizer.categorize(name, prompt_text(p)) for name, p in zip(names, prompts, strict=True)]
-            categories, rule_ids = zip(*found, strict=True)
+            names, texts = batch.column("source").to_pylist(), prompt_texts(batch.column("prompt")).to_pylist()
+            categories, rule_ids = zip(*categorizer.categorize_all(names, texts), strict=True)
             batch = batch.append_column(COLUMNS[0], pa.array(categories, pa.string()))
             writer.write(batch.append_column(COLUMNS[1], pa.array(rule_ids, pa.string())))
             progress.add(batch.num_rows)

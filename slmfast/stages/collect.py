@@ -4,10 +4,13 @@ Sources are read in the recipe's order, which is their priority: of two duplicat
 that can't be one of ours goes to `rejected` with its file, line and reason.
 """
 
+import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import pyarrow as pa
 
 from slmfast.errors import UserError
 from slmfast.job import Counts, Job
@@ -15,7 +18,7 @@ from slmfast.language import detect
 from slmfast.progress import Progress
 from slmfast.readers import Record, Rejection, check_format, expand_paths, read_source
 from slmfast.recipe import Source, expand
-from slmfast.records import RECORD_SCHEMA, REJECTED_SCHEMA, prompt_text, record_id
+from slmfast.records import MESSAGE, RECORD_SCHEMA, REJECTED_SCHEMA, prompt_text, record_id
 from slmfast.store import ShardWriter, file_digest
 
 INPUTS: tuple[str, ...] = ()
@@ -49,7 +52,7 @@ def run(job: Job) -> Counts:
         for source in job.settings.sources:
             before = records.rows, rejected.rows
             for batch in _batches(_read(job, source)):
-                records.write([_record_row(source.name, item) for item in batch if isinstance(item, Record)])
+                records.write(_record_batch(source.name, [item for item in batch if isinstance(item, Record)]))
                 rejected.write([_rejected_row(source.name, item) for item in batch if isinstance(item, Rejection)])
                 progress.add(len(batch))
             per_source[source.name] = {"records": records.rows - before[0], "rejected": rejected.rows - before[1]}
@@ -91,16 +94,21 @@ def _batches(items: Iterator[Record | Rejection]) -> Iterator[list[Record | Reje
         yield batch
 
 
-def _record_row(source: str, record: Record) -> dict[str, Any]:
-    return {
-        "id": record_id(source, record.prompt, record.reply),
-        "source": source,
-        "source_row": record.source_row,
-        "language": detect(prompt_text(record.prompt)),
-        "source_category": record.source_category,
-        "prompt": record.prompt,
-        "reply": record.reply,
+def _record_batch(source: str, records: list[Record]) -> pa.RecordBatch:
+    turns = [message for record in records for message in record.prompt]
+    texts = [pa.array([turn[name] for turn in turns], pa.string()) for name in ("role", "content")]
+    ends = itertools.accumulate((len(record.prompt) for record in records), initial=0)
+    prompts = pa.ListArray.from_arrays(pa.array(ends, pa.int32()), pa.StructArray.from_arrays(texts, fields=MESSAGE))
+    columns = {
+        "id": [record_id(source, record.prompt, record.reply) for record in records],
+        "source": [source] * len(records),
+        "source_row": [record.source_row for record in records],
+        "language": [detect(prompt_text(record.prompt)) for record in records],
+        "source_category": [record.source_category for record in records],
+        "prompt": prompts,
+        "reply": [record.reply for record in records],
     }
+    return pa.RecordBatch.from_pydict(columns, schema=RECORD_SCHEMA)
 
 
 def _rejected_row(source: str, rejection: Rejection) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from slmfast.job import Counts, Job
 from slmfast.near_duplicates import DedupResult, find_duplicates
-from slmfast.records import DROPPED_SCHEMA
+from slmfast.records import DROPPED_SCHEMA, prompt_texts
 from slmfast.store import ShardWriter, count_rows, read_batches, table_schema
 
 INPUTS = ("categorize",)
@@ -54,19 +54,6 @@ def _write_texts(source: Path, path: Path) -> Path:
             ids = batch.column("id").cast(pa.large_string())
             writer.write_batch(pa.record_batch([prompt_texts(batch.column("prompt")), ids], schema=TEXT_SCHEMA))
     return path
-
-
-def prompt_texts(prompts: pa.ListArray) -> pa.LargeStringArray:
-    """records.prompt_text of every prompt of a column, without a Python object a row."""
-    turns = prompts.flatten()
-    roles, contents = (pc.struct_field(turns, name).cast(pa.large_string()) for name in ("role", "content"))
-    counts = prompts.value_lengths()
-    alone = pc.equal(counts, 1).take(pc.list_parent_indices(prompts))
-    lines = pc.if_else(
-        alone, contents, pc.binary_join_element_wise(roles, contents, pa.scalar(": ", pa.large_string()))
-    )
-    ends = np.cumsum(counts.to_numpy(), dtype=np.int64)
-    return pc.binary_join(pa.LargeListArray.from_arrays(np.append(0, ends), lines), pa.scalar("\n", pa.large_string()))
 
 
 def _split(job: Job, source: Path, result: DedupResult, ids: pa.ChunkedArray) -> tuple[int, int]:

@@ -4,6 +4,7 @@ Where the recipe asks for an audit, a sample of each label is put to the judge, 
 """
 
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pyarrow.compute as pc
 
 from slmfast import label_audit
 from slmfast.errors import UserError
-from slmfast.job import Counts, Job, dropped_row, run_units
+from slmfast.job import Counts, Job, run_units
 from slmfast.records import DROPPED_SCHEMA
 from slmfast.sampling import balanced, entropy, gini, seeded_hashes
 from slmfast.store import (
@@ -74,14 +75,20 @@ def run(job: Job) -> Counts:
             start += batch.num_rows
             mask = pa.array(keep[rows])
             kept.write(batch.filter(mask))
-            gone = batch.filter(pc.invert(mask)).select(["id", "source", "source_row"]).to_pylist()
             reasons = [REASONS.get(code, FULL) for code in codes[rows][~keep[rows]].tolist()]
-            dropped.write([dropped_row(job.stage, row, reason) for row, reason in zip(gone, reasons, strict=True)])
+            dropped.write(_dropped_batch(job, batch.filter(pc.invert(mask)), reasons))
     return Counts(count_rows(source), kept.rows, dropped.rows)
 
 
+def _dropped_batch(job: Job, rows: pa.RecordBatch, reasons: list[str]) -> pa.RecordBatch:
+    given = {name: rows.column(name) for name in ("id", "source", "source_row")}
+    given |= {"stage": pa.repeat(job.stage, len(reasons)), "reason": pa.array(reasons, pa.string())}
+    empty = {name: pa.nulls(len(reasons), DROPPED_SCHEMA.field(name).type) for name in ("duplicate_of", "distance")}
+    return pa.RecordBatch.from_pydict(given | empty, schema=DROPPED_SCHEMA)
+
+
 def _texts(column: pa.ChunkedArray) -> Any:
-    return (value.as_py() for value in column)
+    return itertools.chain.from_iterable(chunk.to_pylist() for chunk in column.chunks)
 
 
 def _by_label(values: np.ndarray, codes: np.ndarray) -> np.ndarray:
