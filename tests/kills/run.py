@@ -2,11 +2,11 @@
 
     python tests/kills/run.py --kills 50 --seed 0 --folder DIR
 
-One run of a small miniature is left alone. Another is killed (SIGKILL, its whole process group) at an instant drawn
-from the seed: most of them while a stage works, as far into it as 1.2 times what the stage took, so that some fall into
-the next stage; some while the process still starts and looks at what is done. When a run gets to its end before all
-kills are used, it is compared and the next folder begun. The last line is one JSON object; the exit code is 1 where a
-file differs, is missing, is too many, or where a temporary one was left behind.
+One run of a small miniature is left alone. Another is killed (SIGKILL, its whole process group) at instants drawn from
+the seed, each after the start of another process: some before it says what it does, many while it still imports what a
+stage needs or soon after, the others as far as 1.2 times what that stage took and the imports. When a run gets to its
+end before all kills are used, it is compared and the next folder begun. The last line is one JSON object; the exit
+code is 1 where a file differs, is missing, is too many, or where a temporary one was left behind.
 """
 
 import argparse
@@ -34,7 +34,7 @@ SMALL = [
     "evaluate.limit=10",
     "threads=1",
 ]
-AT_THE_START = 0.1  # of the kills, before the run says what it does first
+AT_THE_START, SOON = 0.1, 0.4  # of the kills
 LATEST = 1.2  # of a stage's own seconds
 
 
@@ -78,8 +78,8 @@ def stage_seconds(run_dir: Path) -> dict[str, float]:
 def kill_once(run_dir: Path, seconds: dict[str, float], startup: float, draw: random.Random) -> str | None:
     """Goes on with a run and kills it at a drawn instant; gives the stage it worked at, None where it had ended."""
     process = start(run_dir)
-    stage = "the start"
-    if draw.random() < AT_THE_START:
+    stage, kind = "the start", draw.random()
+    if kind < AT_THE_START:
         time.sleep(draw.uniform(0, startup))
     else:
         for line in process.stdout:
@@ -89,7 +89,8 @@ def kill_once(run_dir: Path, seconds: dict[str, float], startup: float, draw: ra
                 break
         else:
             process.wait()  # there was nothing left to do
-        time.sleep(draw.uniform(0, LATEST) * seconds.get(stage, 0.0))
+        imports = 0.0 if kind < AT_THE_START + SOON else startup
+        time.sleep(draw.random() * (imports + LATEST * seconds.get(stage, 0.0)))
     ended = process.poll() is not None
     if not ended:
         os.killpg(process.pid, signal.SIGKILL)
