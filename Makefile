@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test sm86 sanitize lint bench clean
+.PHONY: install demo test sm86 sanitize kills lint bench clean
 
 install: $(VENV)/.installed
 
@@ -30,6 +30,11 @@ sm86: install
 FUZZ ?= 1000000
 sanitize: install
 	$(BIN)/python tests/sanitize/run.py --inputs $(FUZZ)
+
+# A small miniature killed at KILLS random instants and started again each time, against an unbroken run, byte by byte.
+KILLS ?= 50
+kills: install
+	$(BIN)/python tests/kills/run.py --kills $(KILLS)
 
 lint: install
 	$(BIN)/ruff check .

@@ -6,13 +6,14 @@ so that `slmfast --help` is instant.
 
 import argparse
 import dataclasses
+import errno
 import logging
 import os
 import sys
 from pathlib import Path
 
 from slmfast import __version__
-from slmfast.errors import UserError
+from slmfast.errors import NO_ROOM, UserError
 from slmfast.training.settings import TrainSettings
 
 
@@ -38,8 +39,17 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise
-        print(f"slmfast: {error.filename or 'the system'}: {error.strerror or error}", file=sys.stderr)
+        remedy = _REMEDIES.get(error.errno, "")
+        print(f"slmfast: {error.filename or 'the system'}: {error.strerror or error}{remedy}", file=sys.stderr)
         return 2
+
+
+_REMEDIES = {
+    **dict.fromkeys(NO_ROOM, ": free some room; the same command goes on from what is there"),
+    errno.EROFS: ": give a folder that can be written to",
+    errno.EACCES: ": change its permissions, or name another",
+    errno.EPERM: ": change its permissions, or name another",
+}
 
 
 def _quiet_libraries() -> None:

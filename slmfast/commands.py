@@ -14,7 +14,7 @@ from slmfast.errors import UserError
 from slmfast.job import Job
 from slmfast.recipe import STAGES, Evaluate, Recipe, Source, build, load_recipe
 from slmfast.records import RECORD_SCHEMA
-from slmfast.store import MANIFEST, table_schema, write_json
+from slmfast.store import MANIFEST, only_writer, table_schema, write_json
 
 MINIATURE = Path(__file__).parent / "miniature" / "recipe.yaml"
 
@@ -172,7 +172,8 @@ def _run_alone(arguments: Namespace, recipe: Recipe, stage: str, inputs: dict[st
     else:
         for role in pipeline.model_roles(job):
             print(f"{stage}: the {role} model is {_whereabouts(job, role)}")
-        pipeline.run_stage(job)
+        with only_writer(folder):
+            pipeline.run_stage(job)
     pipeline.accompany(job)
 
 
@@ -199,9 +200,10 @@ def train(arguments: Namespace) -> None:
     settings = build(TrainSettings, values | {"method": arguments.method}, "")
     common: dict[str, Any] = {"seed": arguments.seed}
     if arguments.method == "kto":
-        train_kto(arguments.model, arguments.data, arguments.output, settings, reference=arguments.reference, **common)
-    else:
-        train_sft(arguments.model, arguments.data, arguments.output, settings, **common)
+        common["reference"] = arguments.reference
+    train_model = train_kto if arguments.method == "kto" else train_sft
+    with only_writer(arguments.output.absolute()):
+        train_model(arguments.model, arguments.data, arguments.output, settings, **common)
     print(f"trained model: {arguments.output}")
 
 
@@ -247,7 +249,8 @@ def fuse(arguments: Namespace) -> None:
             weights[model] = float(weight)
         except ValueError as error:
             raise UserError(f"{text}: the weight is not a number") from error
-    fuse_models(weights, arguments.output, dtype=arguments.dtype, base=arguments.base)
+    with only_writer(arguments.output.absolute()):
+        fuse_models(weights, arguments.output, dtype=arguments.dtype, base=arguments.base)
     print(f"fused model: {arguments.output}")
 
 

@@ -4,8 +4,6 @@ The texts go into one memory-mapped Arrow file, which the C++ engine reads in pl
 are held in memory. The rows are then read again and written, those that stay and, by number, those that go.
 """
 
-import fcntl
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +16,7 @@ import pyarrow.parquet as pq
 from slmfast.errors import UserError
 from slmfast.near_duplicates import DedupResult, find_duplicates
 from slmfast.progress import Progress
-from slmfast.store import ROWS_PER_GROUP, ShardWriter, atomic_path
+from slmfast.store import ROWS_PER_GROUP, ShardWriter, atomic_path, only_writer
 from slmfast.table_files import TableFile, open_tables
 from slmfast.table_schema import CommonSchema
 
@@ -62,7 +60,8 @@ def dedup_files(inputs: Sequence[Path], column: str, output: Path, **settings: A
     _dedup([], settings)  # refuses settings out of range before any file is read
     files = open_tables(inputs)
     stamps = [_stamp(file.path) for file in files]
-    with _writable(output), _only_writer(output), atomic_path(output) as folder:
+    with _writable(output), only_writer(output), atomic_path(output) as folder:
+        _refuse_taken(output)  # it may have come meanwhile
         folder.mkdir()
         spool = folder / "texts.arrow"
         schema, starts = _write_texts(files, column, spool)
@@ -79,28 +78,6 @@ def dedup_files(inputs: Sequence[Path], column: str, output: Path, **settings: A
 def _refuse_taken(output: Path) -> None:
     if output.is_file() or (output.exists() and any(output.iterdir())):
         raise UserError(f"{output} is a file or holds files: give a new folder with -o")
-
-
-@contextmanager
-def _only_writer(output: Path) -> Iterator[None]:
-    """Keeps other runs away from the output and from the temporary folder beside it."""
-    busy = UserError(f"{output} is being written by another run: wait for it, or give another folder with -o")
-    lock = output.with_name(f".{output.name}.lock")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("w") as held:
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise busy from None
-        if not lock.exists() or not os.path.samestat(
-            lock.stat(), os.fstat(held.fileno())
-        ):  # its last holder has just removed it
-            raise busy
-        try:
-            _refuse_taken(output)  # it may have come meanwhile
-            yield
-        finally:
-            lock.unlink()
 
 
 @contextmanager

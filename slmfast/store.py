@@ -5,6 +5,7 @@ end `manifest.json`. Every file appears by atomic rename, so a file that exists 
 exists is finished. Work that has no place in a result lies under `.work/` and goes when the stage is done.
 """
 
+import fcntl
 import functools
 import hashlib
 import json
@@ -20,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from slmfast.errors import UserError
+from slmfast.errors import NO_ROOM, UserError
 
 WORK = ".work"
 MANIFEST = "manifest.json"
@@ -34,11 +35,45 @@ BYTES_PER_SHARD = 32 << 20  # of text
 
 
 @contextmanager
+def only_writer(output: Path) -> Iterator[None]:
+    """Keeps other processes away from an output, and from what lies beside it until it is whole.
+
+    Raises UserError where another one holds it already.
+    """
+    busy = UserError(f"{output} is being written by another run: wait for it, or give another folder with -o")
+    lock = output.with_name(f".{output.name}.lock")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as held:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise busy from None
+        # Its last holder may just have removed it.
+        if not lock.exists() or not os.path.samestat(lock.stat(), os.fstat(held.fileno())):
+            raise busy
+        try:
+            yield
+        finally:
+            lock.unlink()
+
+
+@contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`, for a file or a folder, which takes its place when the block ends well.
 
-    When it fails, what was written goes.
+    When it fails, what was written goes. An OSError of a disk without room names `path`.
     """
+    try:
+        with _replacing(path) as temporary:
+            yield temporary
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}{TEMPORARY}")
     remove(temporary)

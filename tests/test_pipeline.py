@@ -4,14 +4,13 @@ One undisturbed run is made for the module. A second run in another folder is ki
 its data files must come out byte for byte the same.
 """
 
-import hashlib
+import importlib.util
 import itertools
 import json
 import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -22,37 +21,13 @@ from slmfast.recipe import STAGES
 
 pytestmark = pytest.mark.slow
 
-SMALL = [
-    "world.size=900",
-    "diversify.target=220",
-    "classify.unit_rows=256",
-    "regenerate.unit_rows=64",
-    "rate.unit_rows=64",
-    "align.sft_size=150",
-    *(f"train.{name}.epochs=1" for name in ("S1", "S2", "S3")),
-    *(f"train.{name}.save_steps=2" for name in ("S1", "S2", "S3")),
-    "evaluate.limit=10",
-    "threads=1",
-]
+# The small run, and what is compared of it, are those of tests/kills, which kills it more often than a test may.
+_spec = importlib.util.spec_from_file_location("kills", Path(__file__).parent / "kills" / "run.py")
+kills = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(kills)
+command, start, finish, data_files = kills.command, kills.start, kills.finish, kills.data_files
+
 BALANCED = STAGES[: STAGES.index("train")]
-
-
-def command(run_dir):
-    overrides = [part for override in SMALL for part in ("--set", override)]
-    return [sys.executable, "-m", "slmfast.cli", "run", "--run-dir", str(run_dir), *overrides]
-
-
-def start(run_dir):
-    return subprocess.Popen(
-        command(run_dir), cwd="/", stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
-
-
-def finish(run_dir):
-    process = start(run_dir)
-    output, _ = process.communicate(timeout=900)
-    assert process.returncode == 0, output
-    return output
 
 
 @pytest.fixture(scope="module")
@@ -60,17 +35,6 @@ def undisturbed(tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("undisturbed")
     output = finish(run_dir)
     return run_dir, output
-
-
-def data_files(run_dir):
-    """The digest of every data output, as the design names them."""
-    found = [*run_dir.rglob("*.parquet"), *run_dir.rglob("*.safetensors")]
-    parts = {path.relative_to(run_dir): path for path in found}
-    return {
-        str(name): hashlib.sha256(path.read_bytes()).hexdigest()
-        for name, path in sorted(parts.items())
-        if not any(part.startswith((".work", "checkpoint-")) for part in name.parts)
-    }
 
 
 def test_summary_and_balance(undisturbed):

@@ -41,6 +41,7 @@ COUNTS = {
     "evaluate": (None, 5, 0, 0),
 }
 NOTES = {
+    "classify": {"label_ends": {"stop": 1000, "length": 77, "content_filter": 11}},
     "diversify": {
         "labels": {"Math-Addition": [901, 209], HOSTILE: [187, 204], "其他-闲聊": [3, 0]},
         "entropy_bits": [0.731, 1.002],
@@ -76,7 +77,8 @@ def record(n: int) -> dict:
     row |= {"category": HOSTILE if n == 1 else "math", "rule_id": "m1", "label": "Math-Addition", "label_reply": "x"}
     row["label_generation"] = {"model": "m", "parameters": "{}", "seed": 0, "tokens": 2, "finish_reason": "stop"}
     texts = (("original", f"reply {n}"), ("large", HOSTILE), ("small", "???"))
-    row["replies"] = [{"origin": o, "text": t, "finish_reason": "length" if o == "small" else "stop"} for o, t in texts]
+    small = "length" if n else "refused"
+    row["replies"] = [{"origin": o, "text": t, "finish_reason": small if o == "small" else "stop"} for o, t in texts]
     grades = ((1.0, 0.5, 0.5), (1.0, 1.0, 2.0), (0.0, None, None))
     row["ratings"] = [
         {"tokens": 3, "bits_per_token": b, "perplexity": None if b is None else 2.0**b, "safety": s, "quality": q}
@@ -241,6 +243,10 @@ def test_labels_have_a_tree_an_audit_and_an_agreement(page, text):
     assert primary["Math"] == ["1", "901", "209"] and primary["其他"] == ["1", "3", "0"]
     tree = re.search(r"<pre[^>]*>(Math  901.*?)</pre>", text, flags=re.DOTALL).group(1)
     assert "\n    Addition  901 &gt; 209\n" in tree and "其他  3 &gt; 0\n    闲聊  3 &gt; 0" in tree
+    words = (
+        "Of 1,088 labels 77 were read from replies that were cut off at classify.max_new_tokens and 11 from ones that a"
+    )
+    assert words in page.text
     assert "asked about 24 records of 3 labels and found 75.0 % of the labels right (4 unreadable)" in page.text
     assert list(page.table("Labels that failed the audit").values())[1] == ["187", "2", "6"]
     rules = page.table("Rule categories and labels")
@@ -276,9 +282,9 @@ def test_safety_and_winners_by_language(page):
 
 def test_ratings_by_origin(page):
     ratings, perplexity = page.table("Ratings by origin"), page.table("Perplexity")
-    assert ratings["large"] == ["6", "0", "1.000", "100.0 %", "0.0 %", "0.0 %", "1.000", "0.0 %"]
-    assert ratings["original"] == ["6", "0", "0.500", "0.0 %", "100.0 %", "0.0 %", "1.000", "0.0 %"]
-    assert ratings["small"] == ["6", "6", "–", "–", "–", "–", "0.000", "100.0 %"]
+    assert ratings["large"] == ["6", "0", "1.000", "100.0 %", "0.0 %", "0.0 %", "1.000", "0.0 %", "0.0 %"]
+    assert ratings["original"] == ["6", "0", "0.500", "0.0 %", "100.0 %", "0.0 %", "1.000", "0.0 %", "0.0 %"]
+    assert ratings["small"] == ["6", "6", "–", "–", "–", "–", "0.000", "83.3 %", "16.7 %"]
     assert perplexity["large"] == ["6", "2.000", "4.000", "4.000", "4.000"]
     assert perplexity["small"] == ["0", "–", "–", "–", "–"]
     winners = page.table("Whose replies")

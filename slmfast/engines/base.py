@@ -1,7 +1,7 @@
 """What every engine serves, whoever runs the model."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -12,11 +12,13 @@ Message = dict[str, str]
 Prompt = str | Sequence[Message]  # a str is one user turn
 
 
-FinishReason = Literal["stop", "length", "content_filter", "refusal"]
+FinishReason = Literal["stop", "length", "content_filter", "refusal", "refused"]
 
-# What is kept with every reply, whoever wrote it.
+# What is kept with every reply, whoever wrote it. It ends with stop, the model's own end; length, where max_new_tokens
+# cut it; content_filter or refusal, where a server says that of it; or refused, where the server gave none for good.
 GENERATION_FIELDS = [
-    ("finish_reason", pa.string()),  # stop; length: cut by max_new_tokens; content_filter or refusal: a server's word
+    ("finish_reason", pa.string()),  # see below
+    ("refusal", pa.string()),  # why a server gave no reply, in its words
     ("model", pa.string()),  # as the recipe, or the server, calls it
     ("parameters", pa.string()),  # of the request, in JSON
     ("seed", pa.int64()),  # that the reply was drawn with
@@ -33,16 +35,22 @@ class Generation:
     tokens: int  # how many were generated, the closing one included
     seed: int = 0  # what it was drawn with
     parameters: str = "{}"  # how, in JSON
+    refusal: str | None = None  # why there is none
 
     def fields(self, model: str) -> dict[str, Any]:
         """The values of GENERATION_FIELDS."""
-        kept = {name: getattr(self, name) for name in ("finish_reason", "parameters", "seed", "tokens")}
+        kept = {name: getattr(self, name) for name in ("finish_reason", "refusal", "parameters", "seed", "tokens")}
         return kept | {"model": model}
 
 
 def describe_parameters(**parameters: Any) -> str:
     """Parameters of a generation in JSON, the same text for the same values."""
     return json.dumps(parameters, ensure_ascii=False, sort_keys=True)
+
+
+def by_frequency(counts: Mapping[str, int]) -> dict[str, int]:
+    """Counts, such as those of finish reasons, the most frequent first, for a manifest."""
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
 class Engine(Protocol):

@@ -26,8 +26,8 @@ from transformers import AutoConfig
 
 from slmfast.engines.base import Generation, Prompt, describe_parameters
 from slmfast.engines.decoding import Sampling
-from slmfast.engines.http_client import HttpClient, Refused, Unreadable
-from slmfast.engines.reply_store import ReplyStore, StoredReply
+from slmfast.engines.http_client import HttpClient, NoReply, Refused, Unreadable
+from slmfast.engines.reply_store import REFUSED, ReplyStore, StoredReply
 from slmfast.engines.settings import EngineSettings
 from slmfast.errors import UserError
 from slmfast.scoring.choices import scored_choices
@@ -37,6 +37,7 @@ from slmfast.scoring.packing import Group
 from slmfast.scoring.perplexity import scored_replies
 
 POLL = 0.2  # seconds between two looks at whether the replies are there
+LEAST_REFUSALS = 8  # that come before any answer and say that the setup is wrong; more where more is asked at a time
 FINISH_REASONS = {"stop": "stop", "length": "length", "content_filter": "content_filter", "eos_token": "stop"}
 
 
@@ -71,8 +72,9 @@ class OpenAIEngine:
         self.name = check_model_name(tokenizer)
         self.encoder = Encoder(load_tokenizer(self.name))
         self.store = ReplyStore(store)
-        self.replies, self.tokens_in, self.tokens_out = self.store.totals()
+        self.replies, self.refused, self.tokens_in, self.tokens_out = self.store.totals()
         self._found = self.replies  # of an earlier run
+        self._doubtful: list[tuple[_Request, StoredReply]] = []  # refusals, while no request was ever answered
         self._asked: dict[bytes, asyncio.Task[StoredReply]] = {}  # belongs to the client's thread, like the store
         self.client = HttpClient(settings, key)
 
@@ -136,7 +138,7 @@ class OpenAIEngine:
         options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
         parameters = describe_parameters(**options, **self.settings.extra)
         replies = self._answers(self._chats(prompts, seed=seed, **options))
-        return [Generation(r.text or "", r.finish_reason, r.tokens, r.seed, parameters) for r in replies]
+        return [_generation(reply, parameters) for reply in replies]
 
     def _chats(
         self,
@@ -171,8 +173,8 @@ class OpenAIEngine:
             reason = FINISH_REASONS.get(choice["finish_reason"])
             if message.get("refusal"):
                 reason, text = "refusal", text or _clean(message["refusal"])
-            if reason is None:  # such as "abort", which says that the server gave up
-                raise Unreadable
+            if reason is None:  # such as "abort", or the call of a tool that nobody offered
+                raise NoReply(f"finish reason {str(choice['finish_reason'])[:50]!r}")
             prompt_tokens, tokens = _usage(answer)
             if tokens is None:
                 tokens = len(self.encoder.replies([text])[0]) + (reason == "stop")
@@ -194,7 +196,8 @@ class OpenAIEngine:
 
     def _scores(self, groups: Sequence[Group]) -> list[np.ndarray]:
         requests = [self._score(group.prefix, continuation) for group in groups for continuation in group.continuations]
-        logprobs = iter([reply.logprob for reply in self._answers(requests)])
+        # What the server refuses it can't read: null, as a text over the window.
+        logprobs = iter([math.nan if r.logprob is None else r.logprob for r in self._answers(requests)])
         return [np.array([next(logprobs) for _ in group.continuations], dtype=np.float64) for group in groups]
 
     def _score(self, prefix: Sequence[int], continuation: Sequence[int]) -> _Request:
@@ -227,13 +230,19 @@ class OpenAIEngine:
         """The replies to requests, in their order, from the store or from the server."""
 
         async def gather() -> list[StoredReply]:
-            self.client.forgive()  # what an earlier call could not do
+            if self.client.forgive():  # what an earlier call could not do
+                for request, _ in self._doubtful:
+                    self._asked.pop(request.key, None)
+                self._doubtful = []
             tasks = [self._task(request) for request in requests]
             try:
-                return await asyncio.gather(*tasks)
+                replies = await asyncio.gather(*tasks)
+                await self._check_doubtful()
+                return replies
             finally:
-                for request in requests:
-                    self._asked.pop(request.key, None)
+                for key in {request.key for request in requests}:
+                    if key in self._asked and self._asked[key].done():  # else it would be put twice
+                        del self._asked[key]
 
         return self._wait(gather())
 
@@ -253,14 +262,45 @@ class OpenAIEngine:
         try:
             reply = await self.client.post(request.path, request.body, request.read)
         except Refused as refused:
-            if request.path == "/completions" and refused.status not in (401, 403):
+            if refused.one:
+                reply = StoredReply(_clean(str(refused)), REFUSED, 0, 0, request.body.get("seed", 0))
+            elif request.path == "/completions" and refused.status not in (401, 403):
                 raise self._cannot_score(str(refused)) from None
-            raise
-        self.store.add(request.key, reply)
-        self.replies += 1
-        self.tokens_in += reply.prompt_tokens
-        self.tokens_out += reply.tokens
+            else:
+                raise
+        self._keep(request, reply)
         return reply
+
+    def _keep(self, request: _Request, reply: StoredReply) -> None:
+        """Stores a reply; a refusal only once any request is answered, for until then the setup may be wrong."""
+        self._doubtful.append((request, reply))
+        if reply.finish_reason == REFUSED and self.replies == self.refused:
+            if len(self._doubtful) >= max(LEAST_REFUSALS, self.ahead):
+                raise self._refuses_all()
+            return
+        doubtful, self._doubtful = self._doubtful, []
+        for request, reply in doubtful:
+            self.store.add(request.key, reply)
+            self.replies += 1
+            self.refused += reply.finish_reason == REFUSED
+            self.tokens_in += reply.prompt_tokens
+            self.tokens_out += reply.tokens
+
+    async def _check_doubtful(self) -> None:
+        """Raises UserError where the server refuses all that it has been asked so far, what is on its way included."""
+        while self._doubtful and (others := [task for task in self._asked.values() if not task.done()]):
+            await asyncio.wait(others, return_when=asyncio.FIRST_COMPLETED)
+        if self._doubtful:
+            raise self._refuses_all()
+
+    def _refuses_all(self) -> UserError:
+        request, reply = self._doubtful[-1]
+        number = len(self._doubtful)
+        said = f"it refuses {'the' if number == 1 else f'all {number}'} first request{'s' * (number > 1)}: {reply.text}"
+        if request.path == "/completions":
+            return self.client.given_up(self._cannot_score(said))
+        mend = "correct its model, extra or base_url, or what the server is started with"
+        return self.client.given_up(UserError(f"recipe section {self.key}: {self.client.url}: {said}: {mend}"))
 
     def _wait(self, work: Any) -> Any:
         """The result of a coroutine in the client's thread; shows progress meanwhile."""
@@ -279,7 +319,8 @@ class OpenAIEngine:
         """The replies so far, with their tokens, and the tries that came to nothing."""
         failed = sum(self.client.failures.values())
         tokens = f"{self.tokens_in:,} tokens read, {self.tokens_out:,} written"
-        return f"{self.role}: {self.replies:,} replies, {tokens}, {failed:,} tries failed"
+        refused = f" ({self.refused:,} of them refusals)" if self.refused else ""
+        return f"{self.role}: {self.replies:,} replies{refused}, {tokens}, {failed:,} tries failed"
 
     def notes(self) -> dict[str, Any]:
         """What was asked and used, over all runs of the stage; the failed tries are this run's."""
@@ -288,6 +329,7 @@ class OpenAIEngine:
             "model": self.settings.model,
             "window": self._in_thread(self.store.figure, "window"),
             "replies": self.replies,
+            "refused": self.refused,
             "of_an_earlier_run": self._found,
             "prompt_tokens": self.tokens_in,
             "reply_tokens": self.tokens_out,
@@ -298,6 +340,12 @@ class OpenAIEngine:
         """Breaks off what is still asked and closes the store."""
         self.client.close()
         self.store.close()
+
+
+def _generation(reply: StoredReply, parameters: str) -> Generation:
+    if reply.finish_reason == REFUSED:
+        return Generation("", REFUSED, 0, reply.seed, parameters, refusal=reply.text)
+    return Generation(reply.text or "", reply.finish_reason, reply.tokens, reply.seed, parameters)
 
 
 def _hash(value: Any) -> bytes:

@@ -12,10 +12,12 @@ from pathlib import Path
 
 from slmfast.errors import UserError
 
+REFUSED = "refused"  # the finish reason of a request that the server refuses for good; its text says why
+
 
 @dataclass(frozen=True, slots=True)
 class StoredReply:
-    """What a server said to one request: a text or, where a text was scored, a log-probability."""
+    """What a server said to one request: a text or, where a text was scored, a log-probability, or a no."""
 
     text: str | None
     finish_reason: str | None
@@ -73,11 +75,12 @@ class ReplyStore:
         with self._reported():
             self._database.execute("insert or replace into figures values (?, ?)", [name, value])
 
-    def totals(self) -> tuple[int, int, int]:
-        """The number of replies, and of tokens read and written for them."""
+    def totals(self) -> tuple[int, int, int, int]:
+        """The number of replies, of those that are refusals, and of tokens read and written for them."""
+        counted = "count(*), sum(finish_reason is ?), sum(prompt_tokens), sum(tokens)"
         with self._reported():
-            row = self._database.execute("select count(*), sum(prompt_tokens), sum(tokens) from replies").fetchone()
-        return row[0], row[1] or 0, row[2] or 0
+            row = self._database.execute(f"select {counted} from replies", [REFUSED]).fetchone()
+        return row[0], row[1] or 0, row[2] or 0, row[3] or 0
 
     def close(self) -> None:
         """Closes the file; the log goes into it."""
@@ -91,6 +94,10 @@ class ReplyStore:
         except sqlite3.OperationalError as error:  # a full disk, a lock, no right to write
             reason = "another run uses it" if "locked" in str(error) else str(error)
             raise UserError(f"{self.path} can't be used ({reason}): see to it and run again") from error
+        except sqlite3.IntegrityError as error:  # no two requests that are put have one key
+            raise RuntimeError(
+                f"{self.path}: one request was answered twice; the first reply stays; please report this"
+            ) from error
         except sqlite3.DatabaseError as error:
             raise UserError(
                 f"{self.path} is damaged ({error}): delete it, and its replies are asked for again"

@@ -42,7 +42,7 @@ def labels_section(run: RunFolder) -> Section | None:
     if top:
         blocks.append(Plot(f"Instructions by label, {shown}", plots.bars(names, series, "instructions")))
         blocks += _tree(labels)
-    return Section("Labels", [*blocks, *_audit(run), *_agreement(run)])
+    return Section("Labels", [*blocks, *_ends(run), *_audit(run), *_agreement(run)])
 
 
 def _tree(labels: Labels) -> list[Block]:
@@ -70,6 +70,20 @@ def _tree(labels: Labels) -> list[Block]:
     header = ["primary category", "labels", "instructions before", "after"]
     caption = "The label tree: primary and secondary categories, instructions before > after"
     return [Table("Primary categories of the labels", header, rows), Code(caption, "\n".join(lines), folded=True)]
+
+
+def _ends(run: RunFolder) -> list[Block]:
+    """How the model's replies ended that the labels were read from, where not all of them ended by themselves."""
+    ends = run.notes("classify").get("label_ends", {})
+    other = sum(ends.values()) - ends.get("stop", 0)
+    if not other:
+        return []
+    cut = ends.get("length", 0)
+    words = (
+        f"Of {sum(ends.values()):,} labels {cut:,} were read from replies that were cut off at classify.max_new_tokens "
+        f"and {other - cut:,} from ones that a server kept back in part."
+    )
+    return [Text(words)]
 
 
 def _audit(run: RunFolder) -> list[Block]:

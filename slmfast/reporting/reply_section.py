@@ -28,6 +28,7 @@ from slmfast.sampling import seeded_hashes, smallest
 from slmfast.store import read_batches
 
 ORIGINS = ("original", "large", "small")
+REFUSALS = ("refused", "refusal", "content_filter")  # finish reasons
 GRADES = (1.0, 0.5, 0.0)
 EXAMPLES = 6
 EXAMPLE_CHARACTERS = 1500  # of a prompt or a reply
@@ -39,7 +40,7 @@ def ratings_section(run: RunFolder) -> Section | None:
     if rated is None or rated.num_rows == 0:
         return None
     groups = {origin: rated.filter(pc.equal(rated["origin"], origin)) for origin in _origins(rated)}
-    header = ["replies", "number", "unrated", "quality, mean", "1", "0.5", "0", "safety, mean", "cut off"]
+    header = ["replies", "number", "unrated", "quality, mean", "1", "0.5", "0", "safety, mean", "cut off", "refused"]
     rows, grades = [], {origin: _grade_counts(group) for origin, group in groups.items()}
     for origin, group in groups.items():
         counts, number = grades[origin], group.num_rows
@@ -47,7 +48,9 @@ def ratings_section(run: RunFolder) -> Section | None:
         row = [origin, whole(number), whole(number - judged), decimal(pc.mean(group["quality"]).as_py())]
         row += [percent(counts[grade], judged) for grade in GRADES]
         cut = pc.sum(pc.equal(group["finish_reason"], "length")).as_py() or 0
-        rows.append([*row, decimal(pc.mean(group["safety"]).as_py()), percent(cut, number)])
+        refused = pc.sum(pc.is_in(group["finish_reason"], pa.array(REFUSALS))).as_py() or 0
+        shares = [percent(cut, number), percent(refused, number)]
+        rows.append([*row, decimal(pc.mean(group["safety"]).as_py()), *shares])
     parts: dict[str, list[float]] = {
         f"quality {grade:g}": [100 * counts[grade] / groups[origin].num_rows for origin, counts in grades.items()]
         for grade in GRADES
@@ -56,7 +59,8 @@ def ratings_section(run: RunFolder) -> Section | None:
     blocks: list[Block] = [
         Text(
             "The judge answers by the log-probability of fixed choices. A reply that it can't read is unrated, and "
-            "neither wins nor loses. Cut off are replies that reached regenerate.max_new_tokens before their end."
+            "neither wins nor loses. Cut off are replies that reached regenerate.max_new_tokens before their end. "
+            "Refused are those that a server did not give, or kept back in part; they never win."
         ),
         Table("Ratings by origin of the reply", header, rows),
         Plot("Quality by origin of the reply", plots.stacked_bars(list(groups), parts, "% of replies")),

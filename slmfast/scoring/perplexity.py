@@ -191,7 +191,7 @@ def slide(prefix: list[int], continuation: list[int], window: int) -> list[Group
 
 def _figures(tokens: int, logprob: float | None) -> tuple[int | None, float | None, float | None, float | None]:
     """The columns tokens, bits, bits_per_token and perplexity of one reply."""
-    if logprob is None:
+    if logprob is None or math.isnan(logprob):  # over the window, or a server's no
         return tokens or None, None, None, None
     bits = -logprob / math.log(2)
     rate = bits / tokens

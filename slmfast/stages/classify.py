@@ -1,19 +1,28 @@
 """Classify: a language model gives every instruction a label "Primary Category-Secondary Category" (the paper, 3.4)."""
 
-import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from slmfast.engines.base import GENERATION_FIELDS, Engine
+from slmfast.engines.base import GENERATION_FIELDS, Engine, Generation, by_frequency
 from slmfast.job import Counts, Job, dropped_row, run_units
 from slmfast.labels import parse_label
 from slmfast.prompts import label_prompt
 from slmfast.records import DROPPED_SCHEMA, prompt_text
 from slmfast.sampling import seeded_hashes, smallest
-from slmfast.store import ROWS_PER_SHARD, ShardWriter, atomic_path, count_rows, read_batches, table_schema
+from slmfast.store import (
+    ShardWriter,
+    atomic_path,
+    count_rows,
+    read_batches,
+    read_json,
+    shards,
+    table_schema,
+    write_json,
+)
 
 INPUTS = ("dedup",)
 MODELS = ("large",)
@@ -23,6 +32,7 @@ COLUMNS = [
     pa.field("label_reply", pa.string(), nullable=False),
     pa.field("label_generation", pa.struct(GENERATION_FIELDS), nullable=False),  # how `label_reply` came about
 ]
+DROPPED_SHARDS = "dropped_shards.json"  # beside a sub-sample: how many shards the rows outside it take
 RETRY_TEMPERATURE = 0.7  # asked again greedily, a model would say the same again
 
 
@@ -41,6 +51,9 @@ def run(job: Job) -> Counts:
             begin=lambda rows: _ask(job, engine, rows),
             engines=[engine],
         )
+    labelled = read_batches(job.table("records"), columns=["label_generation"])
+    ends = Counter(how["finish_reason"] for batch in labelled for how in batch.column(0).to_pylist())
+    job.notes["label_ends"] = by_frequency(ends)
     return Counts(count_rows(everything), count_rows(job.table("records")), count_rows(job.table("dropped")))
 
 
@@ -50,12 +63,14 @@ def _sample(job: Job, everything: Path) -> tuple[Path, int]:
     if size is None:
         return everything, 0
     folder = job.work / "sampled"
+    if folder.exists():
+        return folder, read_json(folder / DROPPED_SHARDS)
     ids = (i for batch in read_batches(everything, columns=["id"]) for i in batch.column("id").to_pylist())
     keep = smallest(seeded_hashes(ids, job.recipe.seed, "classify"), size)
-    if not folder.exists():
-        with atomic_path(folder) as temporary:
-            _split(job, everything, keep, temporary)
-    return folder, math.ceil(max(1, np.count_nonzero(~keep)) / ROWS_PER_SHARD)
+    with atomic_path(folder) as temporary:
+        _split(job, everything, keep, temporary)
+        write_json(temporary / DROPPED_SHARDS, number := len(shards(job.table("dropped"))))
+    return folder, number
 
 
 def _split(job: Job, everything: Path, keep: np.ndarray, folder: Path) -> None:
@@ -86,19 +101,31 @@ def _options(job: Job, temperature: float) -> dict[str, Any]:
     return {"max_new_tokens": job.settings.max_new_tokens, "temperature": temperature, "seed": job.recipe.seed}
 
 
+def _failure(reply: Generation) -> str:
+    """Why there is no label in a reply."""
+    if reply.finish_reason == "refused":
+        return f"refused by the labelling model's server: {reply.refusal}"
+    if reply.finish_reason in ("content_filter", "refusal"):
+        return f"the labelling model's server kept its reply back ({reply.finish_reason})"
+    return "unparsed label"
+
+
 def _label_rows(
     job: Job, engine: Engine, rows: list[dict[str, Any]], begun: tuple[list[Any], list[bool]]
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     prompts, fits = begun
     asked = [i for i, fit in enumerate(fits) if fit]
     labels: dict[int, dict[str, Any]] = {}
+    failed: dict[int, Generation] = {}
     for temperature in (0.0, RETRY_TEMPERATURE):
         replies = engine.generate([prompts[i] for i in asked], **_options(job, temperature))
         for i, reply in zip(asked, replies, strict=True):
             if (label := parse_label(reply.text)) is not None:
                 how = reply.fields(job.model_name("large"))
                 labels[i] = {"label": label, "label_reply": reply.text, "label_generation": how}
-        asked = [i for i in asked if i not in labels]
+            else:
+                failed[i] = reply
+        asked = [i for i in asked if i not in labels and failed[i].finish_reason != "refused"]
         if not asked:
             break
     kept, dropped = [], []
@@ -106,6 +133,6 @@ def _label_rows(
         if i in labels:
             kept.append(row | labels[i])
         else:
-            reason = "unparsed label" if fits[i] else f"over the labelling model's window of {engine.window} tokens"
-            dropped.append(dropped_row(job.stage, row, reason))
+            window = f"over the labelling model's window of {engine.window} tokens"
+            dropped.append(dropped_row(job.stage, row, _failure(failed[i]) if fits[i] else window))
     return kept, dropped

@@ -1,7 +1,7 @@
 """Rate: every reply gets its perplexity, a safety and a quality from the judge (the paper, section 3.6).
 
 The judge decodes nothing: its answer is the choice of the highest log-probability, whole continuations compared. What
-it can't read (an empty reply, a text over its window) is rated null.
+it can't read (an empty reply, a text over its window, one that its server refuses) is rated null.
 """
 
 from collections.abc import Callable

@@ -1,15 +1,18 @@
 """Regenerate: a large and a small model answer every instruction anew (the paper, section 3.5).
 
-With the original each instruction then has three replies of different quality, from which the later stages choose.
+With the original each instruction then has three replies of different quality, from which the later stages choose. A
+reply that a server refuses is empty, and marked with the server's words: it is not rated, and neither wins nor loses.
 """
 
+from collections import Counter
 from contextlib import ExitStack
 from typing import Any
 
 import pyarrow as pa
 
-from slmfast.engines.base import GENERATION_FIELDS, Engine
+from slmfast.engines.base import GENERATION_FIELDS, Engine, by_frequency
 from slmfast.job import Counts, Job, dropped_row, run_units, unit_counts
+from slmfast.store import read_batches
 
 INPUTS = ("diversify",)
 MODELS = ("large", "small")
@@ -38,7 +41,18 @@ def run(job: Job) -> Counts:
             begin=lambda rows: _ask(job, engines, rows),
             engines=list(engines.values()),
         )
+    job.notes["reply_ends"] = _count_ends(job)
     return unit_counts(job, source)
+
+
+def _count_ends(job: Job) -> dict[str, dict[str, int]]:
+    """How many replies of each model ended in which way."""
+    counts: dict[str, Counter[str]] = {role: Counter() for role in MODELS}
+    for batch in read_batches(job.table("records"), columns=["replies"]):
+        for replies in batch.column("replies").to_pylist():
+            for reply in replies[1:]:
+                counts[reply["origin"]][reply["finish_reason"]] += 1
+    return {role: by_frequency(found) for role, found in counts.items()}
 
 
 def _window(engines: dict[str, Engine]) -> int:

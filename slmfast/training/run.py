@@ -1,6 +1,5 @@
 """One training run from its arguments to a complete model folder: what SFT and KTO share."""
 
-import errno
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator
@@ -17,7 +16,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
-from slmfast.errors import UserError
+from slmfast.errors import NO_ROOM, UserError
 from slmfast.model_folder import SINGLE, ModelWeights, check_model_folder, check_output, write_companions, write_tensors
 from slmfast.scoring.head import head_weight
 from slmfast.scoring.loading import check_complete
@@ -397,7 +396,7 @@ def _full_disk_named(run: Run) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in NO_ROOM:
             raise
         raise UserError(
             f"no room is left on the disk for {run.output} or its checkpoints in {run.work_folder}: free some and "

@@ -3,7 +3,8 @@
     python openai_server.py '{"faults": {"429": 0.1}, "seed": 1}'
 
 prints its port and serves until it is ended. It answers a prompt by a rule of its text, or with one of slmfast's own
-engines ("model": a folder). `GET /stats` tells what it has been asked and what it has answered.
+engines ("model": a folder). What holds a word of REFUSED is refused with that status, or all of it ("refuse": status).
+`GET /stats` tells what it has been asked and what it has answered.
 """
 
 import asyncio
@@ -25,6 +26,8 @@ ODD = [  # JSON, but no answer
     "null",
 ]
 
+REFUSED = {"BAD": 400, "LARGE": 413, "MALFORMED": 422, "ILLEGAL": 451}
+
 
 class Server:
     def __init__(self, options):
@@ -32,7 +35,7 @@ class Server:
         self.random = random.Random(options.get("seed", 0))
         self.asked, self.answered, self.faults = Counter(), Counter(), Counter()
         self.bodies, self.keys = [], Counter()
-        self.now = self.most = 0
+        self.now = self.most = self.listed = 0
         self.slots = asyncio.Semaphore(options.get("slots", 1_000_000))
         self.engine = None
         if "model" in options:
@@ -70,6 +73,9 @@ class Server:
         self.asked[asked] += 1
         if self.options.get("keep_bodies"):
             self.bodies.append(body)
+        if (status := self.options.get("refuse") or self.refusal(body)) is not None:
+            said = f"content filter, as {request.headers.get('Authorization')} may know"
+            return web.json_response({"error": {"message": said}}, status=status)
         self.now += 1
         self.most = max(self.most, self.now)
         try:
@@ -77,6 +83,11 @@ class Server:
                 return await self.faulty(request, body, asked, make)
         finally:
             self.now -= 1
+
+    def refusal(self, body):
+        """The status that refuses a prompt, also one of token ids."""
+        text = str(body.get("messages")) if "messages" in body else self.engine.encoder.tokenizer.decode(body["prompt"])
+        return next((status for word, status in REFUSED.items() if word in text), None)
 
     async def faulty(self, request, body, asked, make):
         kind = self.fault()
@@ -115,9 +126,9 @@ class Server:
             reply = self.engine.generate([messages], max_new_tokens=body["max_tokens"], **options)[0]
             text, finish, tokens = reply.text, reply.finish_reason, reply.tokens
         message = {"role": "assistant", "content": text}
-        for word, more in (("CUT", {"finish_reason": "length"}), ("FILTER", {"finish_reason": "content_filter"})):
+        for word, reason in (("CUT", "length"), ("FILTER", "content_filter"), ("ABORT", "abort")):
             if word in messages[-1]["content"]:
-                finish = more["finish_reason"]
+                finish = reason
         if "REFUSE" in messages[-1]["content"]:
             message |= {"content": None, "refusal": "I can't help with that."}
         if "SURROGATE" in messages[-1]["content"]:
@@ -138,13 +149,16 @@ class Server:
         return {"choices": [{"text": "", "logprobs": logprobs}], "usage": {"prompt_tokens": len(ids)}}
 
     async def models(self, request):
+        self.listed += 1
         if self.options.get("no_models"):
             raise web.HTTPNotFound
+        if self.options.get("broken_models"):
+            raise web.HTTPInternalServerError
         model = {"id": self.options.get("name", "served"), "max_model_len": self.options.get("max_model_len")}
         return web.json_response({"data": [model]})
 
     async def stats(self, request):
-        names = ("asked", "answered", "faults", "keys", "bodies", "most")
+        names = ("asked", "answered", "faults", "keys", "bodies", "most", "listed")
         return web.json_response({name: getattr(self, name) for name in names})
 
 

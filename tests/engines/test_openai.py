@@ -81,6 +81,62 @@ def test_cut_filtered_and_refused_replies_are_marked(serve, engine_of):
     assert engine.generate(["SURROGATE"], max_new_tokens=8)[0].text == got[4].text, "from the store as from the server"
 
 
+def test_what_a_server_refuses_for_good_is_a_reply_that_says_so(serve, engine_of, monkeypatch):
+    monkeypatch.setenv("SLMFAST_TEST_KEY", "very-secret")
+    server = serve(key="very-secret")
+    engine = engine_of(server, api_key="SLMFAST_TEST_KEY", concurrency=2)
+    odd = ["a BAD one", "a LARGE one", "MALFORMED", "ILLEGAL", "ABORT"]
+    got = engine.generate([*odd, *PROMPTS[:20]], max_new_tokens=8)
+    assert texts(got) == [""] * 5 + expected(PROMPTS[:20])
+    assert [g.finish_reason for g in got] == ["refused"] * 5 + ["stop"] * 20
+    words = [f"HTTP {status}: content filter, as Bearer *** may know" for status in (400, 413, 422, 451)]
+    assert [g.refusal for g in got] == [*words, "finish reason 'abort'"] + [None] * 20
+    assert all(g.tokens == 0 and g.parameters == got[-1].parameters for g in got[:5])
+    asked = server.stats()["asked"]
+    assert [next(n for text, n in asked.items() if prompt in text) for prompt in odd] == [1, 1, 1, 1, 3]
+    notes = engine.notes()
+    assert (notes["replies"], notes["refused"], notes["failed_tries"]) == (25, 5, {"finish reason 'abort'": 3})
+    assert "25 replies (5 of them refusals)" in engine.state()
+    engine.close()
+    again = engine_of(server, api_key="SLMFAST_TEST_KEY")
+    assert again.generate([*odd, *PROMPTS[:20]], max_new_tokens=8) == got
+    assert again.notes()["refused"] == 5
+    assert server.stats()["asked"] == asked, "a refusal is kept, and not asked for again"
+    # In this store requests were answered, so that a call of refusals alone is no sign of a wrong setup.
+    assert [g.finish_reason for g in again.generate(["BAD luck"] * 30, max_new_tokens=8)] == ["refused"] * 30
+
+
+@pytest.mark.parametrize(
+    ("prompts", "said"), [(200, "all 10 first requests"), (3, "all 3 first"), (1, "the first req")]
+)
+@pytest.mark.parametrize("status", [400, 422])
+def test_a_server_that_refuses_all_first_requests_stops_the_run(serve, engine_of, prompts, said, status):
+    server = serve(refuse=status)
+    engine = engine_of(server, concurrency=5)
+    wanted = rf"engines\.large: {server.url}: it refuses {said}.*: HTTP {status}: content filter.* correct its model"
+    for _ in range(2):
+        with pytest.raises(UserError, match=wanted) as caught:
+            engine.generate(PROMPTS[:prompts], max_new_tokens=8)
+        assert "\n" not in str(caught.value)
+    assert sum(server.stats()["asked"].values()) <= 2 * (10 + 5), "the run ends soon"
+    assert engine.store.totals() == (0, 0, 0, 0), "what a wrong setup gives is no result"
+    server.end()
+    serve(port=server.port)
+    assert texts(engine.generate(PROMPTS[:prompts], max_new_tokens=8)) == expected(PROMPTS[:prompts])
+
+
+def test_quick_refusals_before_the_first_answer_are_no_wrong_setup(serve, engine_of):
+    """Refusals come at once, replies take their time: with many in flight the former are the first to come."""
+    server = serve(seconds=0.3)
+    engine = engine_of(server, concurrency=4)
+    prompts = [f"BAD {n}" for n in range(6)] + ["good"]
+    engine.begin(prompts[6:], max_new_tokens=8)
+    got = engine.generate(prompts[:6], max_new_tokens=8)
+    assert [g.finish_reason for g in got] == ["refused"] * 6
+    assert engine.generate(prompts[6:], max_new_tokens=8)[0].text == "reply to good"
+    assert engine.store.totals()[:2] == (7, 6)
+
+
 def test_begun_requests_are_put_once(serve, engine_of):
     server = serve(seconds=0.001)
     engine = engine_of(server)
@@ -213,7 +269,7 @@ def test_a_torn_end_of_the_store_is_dropped(tmp_path):
         assert [torn.get(b"%d" % n) for n in range(40)] == [stored(n) if n < kept else None for n in range(40)]
         for n in range(kept, 40):
             torn.add(b"%d" % n, stored(n))
-        assert torn.totals() == (40, sum(range(40)), 80)
+        assert torn.totals() == (40, 0, sum(range(40)), 80)
         torn.close()
         lengths.add(kept)
     assert max(lengths) == 40 and min(lengths) == 0 and len(lengths) > 10
@@ -228,6 +284,15 @@ def test_a_damaged_or_used_store_is_one_line(tmp_path):
     store = ReplyStore(path)
     with pytest.raises(UserError, match="another run uses it"):
         ReplyStore(path)
+    store.close()
+
+
+def test_a_reply_is_never_stored_twice(tmp_path):
+    store = ReplyStore(tmp_path / "replies.sqlite")
+    store.add(b"1", stored(1))
+    with pytest.raises(RuntimeError, match="one request was answered twice; the first reply stays"):
+        store.add(b"1", stored(2))
+    assert store.get(b"1") == stored(1) and store.totals()[0] == 1
     store.close()
 
 
@@ -328,6 +393,21 @@ def test_scores_are_those_of_the_local_engine(serve, engine_of):
     asked = engine.replies
     engine.perplexity(prompts, replies)
     assert engine.replies == asked == 7, "a score is asked for once"
+
+
+def test_a_text_that_a_server_refuses_to_score_is_null(serve, engine_of):
+    folder = BUILTIN_MODELS / "large"
+    engine, local = engine_of(serve(model=str(folder))), open_engine("local", folder, threads=1)
+    asked, several = ["Is it?", "BAD"], [["yes", "no"]] * 2
+    good, bad = engine.choose(asked, several)
+    np.testing.assert_allclose(good, local.choose(asked[:1], several[:1])[0], rtol=1e-4)
+    assert np.isnan(bad).all()
+    rows = engine.perplexity(["Is it?"], [["7", "BAD", "8"]]).to_pylist()
+    assert [row["bits"] is None for row in rows] == [row["perplexity"] is None for row in rows] == [False, True, False]
+    assert rows[1]["tokens"] > 0
+    refused = engine_of(serve(model=str(folder), refuse=400), store="other.sqlite")
+    with pytest.raises(UserError, match=r"can't score a given text \(it refuses all 4 first requests: HTTP 400"):
+        refused.choose(asked, several)
 
 
 def test_a_server_without_scores_of_given_text_is_noticed(serve, engine_of):

@@ -26,12 +26,17 @@ QUESTIONS = ["What is {} + 4?", "{}加5等于多少？", "Is {} larger than 7?",
 @pytest.fixture
 def collected(tmp_path):
     """A folder of 60 records as dedup leaves them, one of them over any window of the miniature's models."""
+    questions = [QUESTIONS[n % 4].format(n) if n != 7 else "long " * 5000 for n in range(60)]
+    return records(questions, tmp_path / "dedup")
+
+
+def records(questions, folder):
+    """A folder of records as dedup leaves them."""
     rows = []
-    for n in range(60):
-        prompt = [{"role": "user", "content": QUESTIONS[n % 4].format(n) if n != 7 else "long " * 5000}]
+    for n, question in enumerate(questions):
+        prompt = [{"role": "user", "content": question}]
         row = {"id": record_id("tiny", prompt, "1"), "source": "tiny", "source_row": n, "language": "en"}
         rows.append(row | {"source_category": None, "prompt": prompt, "reply": "1", "category": "math", "rule_id": "m"})
-    folder = tmp_path / "dedup"
     (folder / "records").mkdir(parents=True)
     schema = RECORD_SCHEMA.append(pa.field("category", pa.string())).append(pa.field("rule_id", pa.string()))
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), folder / "records" / "part-00000.parquet")
@@ -118,6 +123,60 @@ def test_what_changes_no_reply_asks_for_none_again(serve, collected, tmp_path):
     assert (
         len({key(), key(model="other"), key(extra={"top_k": -1}), key(window=99), key(tokenizer="builtin:small")}) == 5
     )
+
+
+def test_what_a_server_refuses_is_accounted_for_in_every_stage(serve, tmp_path):
+    """No label: the row goes, and says why. No reply: an empty one that says why. No judgement: null."""
+    words = ["HTTP 400: content filter", "HTTP 413: content filter", "finish reason 'abort'"]
+    odd = ["What is BAD + 4?", "What is LARGE + 4?", "What is ABORT + 4?", "What is FILTER + 4?"]
+    collected = records([*odd, "What is 3 + 4?", "What is CUT + 4?"], tmp_path / "dedup")
+    server = serve(model=str(BUILTIN_MODELS / "large"))
+    recipe = recipe_of(large=served(server), small={"kind": "local"}, judge=served(server))
+    labelled, dropped, manifest = stage("classify", recipe, collected, tmp_path / "classify")
+    reasons = {row["source_row"]: row["reason"] for row in dropped}
+    for n, said in enumerate(words):
+        assert reasons.pop(n).startswith(f"refused by the labelling model's server: {said}")
+    # The filter's word is kept with what the model wrote before it, which may be a label.
+    assert {row["source_row"]: row["label_generation"]["finish_reason"] for row in labelled} == {
+        3: "content_filter",
+        4: "stop",
+        5: "length",
+    }
+    assert reasons == {}
+    assert manifest["notes"]["engines"]["large"]["refused"] == 3
+    assert manifest["notes"]["label_ends"] == {"content_filter": 1, "length": 1, "stop": 1}
+
+    everything = [
+        row | {k: labelled[0][k] for k in ("label", "label_reply", "label_generation")} for row in _rows(collected)
+    ]
+    whole = tmp_path / "whole"
+    (whole / "records").mkdir(parents=True)
+    schema = pq.read_schema(tmp_path / "classify" / "records" / "part-00000.parquet")
+    pq.write_table(pa.Table.from_pylist(everything, schema=schema), whole / "records" / "part-00000.parquet")
+    answered, dropped, manifest = stage("regenerate", recipe, whole, tmp_path / "regenerate")
+    assert (len(answered), dropped) == (6, [])
+    large = [row["replies"][1] for row in answered]
+    assert [reply["finish_reason"] for reply in large] == ["refused"] * 3 + ["content_filter", "stop", "length"]
+    assert [reply["text"] == "" for reply in large] == [True] * 3 + [False] * 3
+    assert all(reply["refusal"].startswith(said) for reply, said in zip(large, words, strict=False))
+    assert [reply["refusal"] for reply in large[3:]] == [None] * 3
+    assert manifest["notes"]["reply_ends"]["large"] == {"refused": 3, "content_filter": 1, "length": 1, "stop": 1}
+    assert set(manifest["notes"]["reply_ends"]["small"]) <= {"stop", "length"}
+
+    rated, _, manifest = stage("rate", recipe, tmp_path / "regenerate", tmp_path / "rate")
+    for row in rated:
+        unread = row["source_row"] < 2  # the judge's server refuses to read these two at all
+        assert (row["instruction_safe"] is None) == unread
+        for reply, rating in zip(row["replies"], row["ratings"], strict=True):
+            null = unread or not reply["text"]
+            assert [rating[name] is None for name in ("perplexity", "safety", "quality")] == [null] * 3
+    assert manifest["notes"]["engines"]["judge"]["refused"] > 0
+    unrated = [None in rating.values() for row in rated for rating in row["ratings"]]
+    assert manifest["notes"]["unrated_replies"] == sum(unrated) >= 2 * 3 + 1
+
+
+def _rows(folder):
+    return read_table(folder / "records").to_pylist()
 
 
 PROGRAM = "from slmfast.cli import main; import sys; sys.exit(main(sys.argv[1:]))"
