@@ -178,6 +178,9 @@ def _add_model_stages(commands: argparse._SubParsersAction) -> None:
     evaluate.add_argument("--task-folder", help="a folder of lm-eval task files")
     evaluate.add_argument("--data", help="what ${DATA} in these files stands for")
     evaluate.add_argument("--limit", type=int, help="items a task")
+    evaluate.add_argument(
+        "--run-generated-code", action="store_true", help="let HumanEval run, in a sandbox, what the models write"
+    )
     evaluate.add_argument("--no-chat-template", action="store_true", help="put the bare text to the model")
     evaluate.add_argument("-o", "--output", type=Path, required=True, help="the JSON file to write")
 
