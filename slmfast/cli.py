@@ -63,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="what this machine offers, and why not more")
     doctor.add_argument("model", nargs="?", help="a model folder or hub name: also say how it is scored")
     bench = commands.add_parser("bench", help="throughput beside named peers")
-    bench.add_argument("what", choices=["dedup", "scoring", "training"], help="the hot path to measure")
+    bench.add_argument("what", choices=["dedup", "scoring", "training", "fusion"], help="the hot path to measure")
     bench.add_argument("rest", nargs=argparse.REMAINDER, help="options of the benchmark itself")
     return top
 
