@@ -73,7 +73,7 @@ def parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="what this machine offers, and why not more")
     doctor.add_argument("model", nargs="?", help="a model folder or hub name: also say how it is scored")
     bench = commands.add_parser("bench", help="throughput beside named peers")
-    bench.add_argument("what", choices=["dedup", "scoring", "training"], help="the hot path to measure")
+    bench.add_argument("what", choices=["dedup", "scoring", "training", "fusion"], help="the hot path to measure")
     bench.add_argument("rest", nargs=argparse.REMAINDER, help="options of the benchmark itself")
     return top
 
@@ -188,6 +188,9 @@ def _add_model_stages(commands: argparse._SubParsersAction) -> None:
     evaluate.add_argument("--task-folder", help="a folder of lm-eval task files")
     evaluate.add_argument("--data", help="what ${DATA} in these files stands for")
     evaluate.add_argument("--limit", type=int, help="items a task")
+    evaluate.add_argument(
+        "--run-generated-code", action="store_true", help="let HumanEval run, in a sandbox, what the models write"
+    )
     evaluate.add_argument("--no-chat-template", action="store_true", help="put the bare text to the model")
     evaluate.add_argument("-o", "--output", type=Path, required=True, help="the JSON file to write")
 

@@ -259,10 +259,16 @@ def evaluate(arguments: Namespace) -> None:
     import tempfile
 
     from slmfast.evaluation import evaluate_model, task_folder
+    from slmfast.sandbox import check_sandbox
 
     settings = Evaluate(
-        tasks=arguments.tasks.split(","), limit=arguments.limit, chat_template=not arguments.no_chat_template
+        tasks=arguments.tasks.split(","),
+        limit=arguments.limit,
+        chat_template=not arguments.no_chat_template,
+        run_generated_code=arguments.run_generated_code,
     )
+    if settings.run_generated_code:
+        check_sandbox()
     scores = {}
     with tempfile.TemporaryDirectory() as scratch:
         folder = task_folder(arguments.task_folder, arguments.data, Path(scratch) / "tasks")

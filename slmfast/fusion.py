@@ -5,9 +5,10 @@ arXiv 2203.05482). At its learning rates a whole run moves a weight by about 1e-
 weight, so the average is taken in float64 and kept in float32; `update_survival` says what any other type would lose.
 """
 
+import contextlib
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,18 +17,11 @@ import torch
 from torch import Tensor
 
 from slmfast.errors import UserError
-from slmfast.model_folder import (
-    SINGLE,
-    ModelWeights,
-    check_output,
-    check_same_tensors,
-    write_companions,
-    write_tensors,
-)
-from slmfast.store import atomic_path, model_digest, write_json
+from slmfast.fusion_pieces import PIECE, Part, write_average
+from slmfast.model_folder import SINGLE, ModelWeights, check_output, check_same_tensors, write_companions
+from slmfast.store import atomic_path, write_json
 
 CARD = "fusion.json"
-PIECE = 1 << 22  # weights of an update measured at once: in float64 an embedding would take gigabytes
 DTYPES = {
     "float32": torch.float32,
     "fp32": torch.float32,
@@ -119,8 +113,9 @@ def fuse(
 ) -> dict[str, Any]:
     """Writes the weighted average of models as a complete model folder, and returns its card.
 
-    The weights are normalised to sum to 1. Tensors are read one at a time, averaged in float64, and rounded once; the
-    result does not depend on the order of the models. Config, tokenizer and chat template are those of the first.
+    The weights are normalised to sum to 1. Pieces of tensors are read, averaged in float64, rounded once and written
+    by all of torch's threads; the result depends neither on their number nor on the order of the models. Config,
+    tokenizer and chat template are those of the first.
 
     Args:
         models: model folders and their weights, each at least 0.
@@ -130,8 +125,8 @@ def fuse(
             only one nothing can be measured, which is said instead.
 
     Returns:
-        The card, also written as `fusion.json`: parts with their weights, the type, and for a type other than
-        float32 `update_survival`.
+        The card, also written as `fusion.json`: parts with their weights and a hash of their tensors, the type, and
+        for a type other than float32 `update_survival`.
 
     Raises:
         UserError: no models, one named twice, a bad weight, tensors whose names, shapes or values do not allow an
@@ -141,29 +136,48 @@ def fuse(
     paths = list(shares)
     target, kind = Path(output), as_dtype(dtype)
     check_output(target, CARD, paths)
-    weights = {path: ModelWeights(path) for path in paths}
-    first = weights[paths[0]]
-    for other in weights.values():
-        check_same_tensors(first, other)
-    counter = None
-    if kind != torch.float32 and base is None and len(paths) == 1:
+    with contextlib.ExitStack() as stack:
+        parts = [Part(stack.enter_context(ModelWeights(path)), shares[path]) for path in paths]
+        first = parts[0].weights
+        for part in parts:
+            check_same_tensors(first, part.weights)
+        survival = _survival_counter(stack, first, len(paths), kind, base)
+        with atomic_path(target) as folder:
+            folder.mkdir()
+            write_companions(paths[0], folder, kind)
+            digests = write_average(parts, folder / SINGLE, kind, None if survival is None else survival.add)
+            card = _card(parts, digests, kind, survival)
+            write_json(folder / CARD, card)
+    return card
+
+
+class _Survival(NamedTuple):
+    """Counts what survives of the update from `base` while the average is being written."""
+
+    counter: SurvivalCounter
+    base: ModelWeights
+
+    def add(self, name: str, start: int, average: Tensor) -> None:
+        old = torch.empty(len(average), dtype=self.base.dtype(name))
+        self.base.read_piece(name, start, old)
+        self.counter.add(old, average)
+
+
+def _survival_counter(
+    stack: contextlib.ExitStack, first: ModelWeights, models: int, kind: torch.dtype, base: str | Path | None
+) -> _Survival | None:
+    if kind == torch.float32:
+        return None
+    if base is None and models == 1:
         print(
-            f"fuse: {dtype} loses most of a training at small rates; name the model that it began with as base to "
-            "see what share of it survives",
+            f"fuse: {_name(kind)} loses most of a training at small rates; name the model that it began with as base "
+            "to see what share of it survives",
             file=sys.stderr,
         )
-    elif kind != torch.float32:
-        start = ModelWeights(Path(base)) if base is not None else first
-        check_same_tensors(first, start)
-        counter = (SurvivalCounter(kind), start)
-    with atomic_path(target) as folder:
-        folder.mkdir()
-        write_companions(paths[0], folder, kind)
-        shapes = {name: first.shape(name) for name in first.names}
-        write_tensors(folder / SINGLE, shapes, kind, _averages(weights, shares, kind, counter))
-        card = _card(paths, shares, kind, counter)
-        write_json(folder / CARD, card)
-    return card
+        return None
+    start = first if base is None else stack.enter_context(ModelWeights(Path(base)))
+    check_same_tensors(first, start)
+    return _Survival(SurvivalCounter(kind), start)
 
 
 def _normalised(models: Mapping[str | Path, float]) -> dict[Path, float]:
@@ -184,50 +198,22 @@ def _normalised(models: Mapping[str | Path, float]) -> dict[Path, float]:
     return {path: weight / total for path, weight in weights.items()}
 
 
-def _averages(
-    weights: dict[Path, ModelWeights],
-    shares: dict[Path, float],
-    kind: torch.dtype,
-    counter: tuple[SurvivalCounter, ModelWeights] | None,
-) -> Iterator[Tensor]:
-    """The averaged tensors in order of their names, float32.
-
-    Parts are added in the order of their paths, so that no order of the caller's changes a bit, and the sum starts
-    from the first product: from zero, a stored -0.0 would come out as 0.0.
-    """
-    parts = [(weights[path], shares[path]) for path in sorted(shares) if shares[path] > 0]
-    for name in parts[0][0].names:
-        total = None
-        for part, share in parts:
-            tensor = part[name]
-            if not tensor.is_floating_point() or not tensor.isfinite().all():
-                raise UserError(
-                    f"tensor {name} of {part.path} holds values that have no average: train the model again"
-                )
-            product = tensor.double().mul_(share)
-            total = product if total is None else total.add_(product)
-        average = total.float()
-        if not average.to(kind).isfinite().all():
-            raise UserError(f"tensor {name} has an average beyond the range of {kind}: fuse as float32 or bfloat16")
-        if counter is not None:
-            counter[0].add(counter[1][name], average)
-        yield average
-
-
-def _card(
-    paths: list[Path],
-    shares: dict[Path, float],
-    kind: torch.dtype,
-    counter: tuple[SurvivalCounter, ModelWeights] | None,
-) -> dict[str, Any]:
-    parts = [{"name": path.name, "weight": shares[path], "digest": model_digest(path)} for path in paths]
-    card: dict[str, Any] = {"parts": parts, "dtype": str(kind).removeprefix("torch.")}
-    if counter is not None:
-        survival = counter[0].result()
-        card["update_survival"] = {**survival._asdict(), "base": counter[1].path.name}
+def _card(parts: list[Part], digests: list[str], kind: torch.dtype, survival: _Survival | None) -> dict[str, Any]:
+    made = [
+        {"name": part.weights.path.name, "weight": part.share, "digest": weights_digest}
+        for part, weights_digest in zip(parts, digests, strict=True)
+    ]
+    card: dict[str, Any] = {"parts": made, "dtype": _name(kind)}
+    if survival is not None:
+        kept, base = survival.counter.result(), survival.base.path.name
+        card["update_survival"] = {**kept._asdict(), "base": base}
         print(
-            f"fuse: as {card['dtype']}, {survival.weights:.2%} of the weights that moved from {counter[1].path.name} "
-            f"still differ and {survival.norm:.2%} of the update's norm survives; float32 keeps all of it",
+            f"fuse: as {card['dtype']}, {kept.weights:.2%} of the weights that moved from {base} still differ and "
+            f"{kept.norm:.2%} of the update's norm survives; float32 keeps all of it",
             file=sys.stderr,
         )
     return card
+
+
+def _name(kind: torch.dtype) -> str:
+    return str(kind).removeprefix("torch.")

@@ -6,7 +6,9 @@ metadata than `format` would be written in random order).
 """
 
 import json
+import os
 import shutil
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,7 @@ TYPE_NAMES = {
     torch.int16: "I16",
     torch.uint8: "U8",
 }
+_TYPES = {name: dtype for dtype, name in TYPE_NAMES.items()}
 
 
 def check_model_folder(path: Path) -> Path:
@@ -55,6 +58,9 @@ class ModelWeights:
         self.path = check_model_folder(path)
         self._files: dict[str, Path] = {}
         self._open: dict[Path, Any] = {}
+        self._headers: dict[Path, tuple[int, dict[str, Any]]] = {}
+        self._descriptors: dict[Path, int] = {}
+        self._lock = threading.Lock()
         for file in self._weight_files():
             for name in self._handle(file).keys():
                 self._files[name] = file
@@ -93,11 +99,58 @@ class ModelWeights:
     def __getitem__(self, name: str) -> Tensor:
         return self._handle(self._files[name]).get_tensor(name)
 
+    def dtype(self, name: str) -> torch.dtype:
+        """A tensor's type, from the file's header."""
+        stored = self._entry(name)["dtype"]
+        if stored not in _TYPES:
+            raise UserError(
+                f"tensor {name} of {self.path} is stored as {stored}: save the model as float32 or bfloat16"
+            )
+        return _TYPES[stored]
+
+    def read_piece(self, name: str, start: int, out: Tensor) -> None:
+        """Reads as many elements as `out` has, from number `start` on, into it: a vector of the tensor's own type.
+
+        Unlike `[name]` it leaves nothing in memory, and many threads may do it at once.
+        """
+        file = self._files[name]
+        begin = self._data_start(file) + self._entry(name)["data_offsets"][0] + start * out.element_size()
+        target = memoryview(out.view(torch.uint8).numpy())
+        while target:
+            count = os.preadv(self._descriptor(file), [target], begin)
+            if count == 0:
+                raise UserError(f"{file} ends within tensor {name}: fetch or save it again")
+            target, begin = target[count:], begin + count
+
+    def _entry(self, name: str) -> dict[str, Any]:
+        return self._header(self._files[name])[1][name]
+
+    def _data_start(self, file: Path) -> int:
+        return self._header(file)[0]
+
+    def _header(self, file: Path) -> tuple[int, dict[str, Any]]:
+        """Where a file's data begins, and its header; the library has found the file sound before."""
+        if file not in self._headers:
+            self._handle(file)
+            with file.open("rb") as opened:
+                length = int.from_bytes(opened.read(8), "little")
+                self._headers[file] = 8 + length, json.loads(opened.read(length))
+        return self._headers[file]
+
+    def _descriptor(self, file: Path) -> int:
+        with self._lock:
+            if file not in self._descriptors:
+                self._descriptors[file] = os.open(file, os.O_RDONLY)
+        return self._descriptors[file]
+
     def __enter__(self) -> "ModelWeights":
         return self
 
     def __exit__(self, *error: object) -> None:
         self._open.clear()
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
 
 
 def check_same_tensors(first: ModelWeights, other: ModelWeights) -> None:
@@ -125,21 +178,35 @@ def write_typed_tensors(
 
     The format: the header's length as a little-endian u64, the header in JSON padded with spaces to 8 bytes, the data.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, (dtype, shape) in layout.items():
-        end = offset + torch.Size(shape).numel() * dtype.itemsize
-        header[name] = {"dtype": TYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(_header_bytes(layout)[0])
         for (name, (dtype, shape)), tensor in zip(layout.items(), tensors, strict=True):
             if tensor.shape != torch.Size(shape):
                 raise ValueError(f"tensor {name} is {tuple(tensor.shape)}, its header says {tuple(shape)}")
             data = tensor.detach().to("cpu", dtype).contiguous()
             file.write(memoryview(data.reshape(-1).view(torch.uint8).numpy()))
+
+
+def write_header(path: Path, layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> dict[str, int]:
+    """Begins a file of `write_typed_tensors` whose data somebody else writes, and says where each tensor starts."""
+    header, places, size = _header_bytes(layout)
+    with path.open("wb") as file:
+        file.write(header)
+        file.truncate(len(header) + size)
+    return {name: len(header) + place for name, place in places.items()}
+
+
+def _header_bytes(layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> tuple[bytes, dict[str, int], int]:
+    """A file's bytes before its data, where each tensor starts in the data, and the data's size."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    places, offset = {}, 0
+    for name, (dtype, shape) in layout.items():
+        end = offset + torch.Size(shape).numel() * dtype.itemsize
+        header[name] = {"dtype": TYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        places[name], offset = offset, end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, places, offset
 
 
 def write_companions(source: Path, target: Path, dtype: torch.dtype) -> None:

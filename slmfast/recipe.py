@@ -37,6 +37,7 @@ STAGES = (
 )
 TRAINED = ("S1", "S2", "S3")
 CONTAMINATION = ("report", "remove", "skip")
+CODE_TASKS = ("humaneval", "mbpp")  # how the names of tasks begin that run what a model wrote
 
 
 def _require(condition: bool, key: str, remedy: str) -> None:
@@ -211,10 +212,18 @@ class Evaluate:
     limit: int | None = None  # items a task
     batch_size: int = 64
     chat_template: bool = True  # put each question as a user turn
+    run_generated_code: bool = False  # HumanEval scores a model by running, in a sandbox, the programs that it writes
 
     def __post_init__(self) -> None:
         _require(self.limit is None or self.limit > 0, "evaluate.limit", "give a positive number, or null for all")
         _require(self.batch_size > 0, "evaluate.batch_size", "give a positive number")
+        code = [task for task in self.tasks if task.startswith(CODE_TASKS)]
+        _require(
+            self.run_generated_code or not code,
+            "evaluate.run_generated_code",
+            f"{', '.join(code)} runs programs that the model writes; set it to true (or give --run-generated-code) to "
+            "have them run in a sandbox",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from slmfast import fusion_pieces
 from slmfast.errors import UserError
 from slmfast.fusion import fuse, update_survival
 from slmfast.model_folder import ModelWeights, write_typed_tensors
@@ -100,6 +101,52 @@ def test_shards_and_low_precision_parts_are_read(models, tmp_path):
     low = save(tmp_path / "low", {name: t.bfloat16() for name, t in tensors(1).items()})
     found = load_file(fused(tmp_path / "c", {low: 1}) / "model.safetensors")
     assert all(torch.equal(found[name], t.bfloat16().float()) for name, t in tensors(1).items())
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_pieces_and_threads_change_no_bit(tmp_path, monkeypatch, threads):
+    generator = torch.Generator().manual_seed(5)
+    kinds = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
+    made = [torch.randn(61, 7, generator=generator).to(kind) for kind in kinds]
+    parts = [save(tmp_path / f"m{number}", {"a": t, "b": t[:1].clone()}) for number, t in enumerate(made)]
+    shares = [0.1, 0.2, 0.3, 0.4]
+    expected = sum(t.double().numpy() * share for t, share in zip(made, shares, strict=True)).astype(np.float32)
+    monkeypatch.setattr(fusion_pieces, "PIECE", 5)  # 427 and 7 elements are no multiples of it
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        card = fuse(dict(zip(parts, shares, strict=True)), tmp_path / "fused")
+    finally:
+        torch.set_num_threads(before)
+    found = load_file(tmp_path / "fused" / "model.safetensors")
+    assert np.array_equal(found["a"].numpy(), expected) and np.array_equal(found["b"].numpy(), expected[:1])
+    assert len({part["digest"] for part in card["parts"]}) == 4
+
+
+def test_the_digest_of_a_part_tells_its_tensors_and_not_their_files(models, tmp_path):
+    sharded = save(tmp_path / "sharded", tensors(0), shards=2)
+    changed = tensors(0)
+    changed["model.norm.weight"][7] += 1e-6
+    other = save(tmp_path / "other", changed)
+    card = fuse({models[0]: 1, sharded: 0, other: 1}, tmp_path / "fused")
+    whole, shards, differs = (part["digest"] for part in card["parts"])
+    assert whole == shards != differs and len(whole) == 32
+
+
+def test_a_piece_that_has_no_average_is_blamed_on_its_model(models, tmp_path, monkeypatch):
+    monkeypatch.setattr(fusion_pieces, "PIECE", 5)
+    for bad in (float("inf"), float("nan")):
+        weights = tensors(5)
+        weights["model.embed_tokens.weight"][39, 7] = bad
+        broken = save(tmp_path / f"broken{bad}", weights)
+        with pytest.raises(UserError, match=rf"tensor model\.embed_tokens\.weight of .*broken{bad} holds values"):
+            fuse({models[0]: 1, broken: 0.5}, tmp_path / "fused")
+        fuse({models[0]: 1, broken: 0}, tmp_path / f"without{bad}")  # what has no weight does no harm
+        assert bits(tmp_path / f"without{bad}") == bits(models[0])
+    whole = save(tmp_path / "whole", {"model.norm.weight": torch.ones(8, dtype=torch.int64)})
+    with pytest.raises(UserError, match=r"tensor model\.norm\.weight of .*whole holds values that have no average"):
+        fuse({whole: 1}, tmp_path / "fused")
+    assert not (tmp_path / "fused").exists()
 
 
 def fused(output: Path, models: dict) -> Path:

@@ -5,6 +5,7 @@ import pyarrow as pa
 from slmfast.evaluation import evaluate_model, task_files, task_folder
 from slmfast.job import Counts, Job
 from slmfast.recipe import TRAINED, expand
+from slmfast.sandbox import check_sandbox
 from slmfast.store import file_digest, read_json, write_json, write_table
 
 INPUTS = ("train", "fuse")
@@ -26,6 +27,8 @@ def files(job: Job) -> dict[str, str]:
 def run(job: Job) -> Counts:
     """Writes scores.json, {model: {task: {value, stderr, n}}}, and the score of every item under `items/`."""
     settings = job.settings
+    if settings.run_generated_code:
+        check_sandbox()
     models = {"base": job.model("base")}
     models |= {name: str(job.inputs["train"] / name) for name in TRAINED}
     models["fused"] = str(job.inputs["fuse"] / "fused")
