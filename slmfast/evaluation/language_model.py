@@ -213,7 +213,7 @@ class PackedLM(TemplateLM):
         until = handle_stop_sequences(list(generation.until), eos=self.tokenizer.decode(self.eot_token_id))
         ends = frozenset([self.eot_token_id, *generation.ends])
         shown = Progress("evaluate: replies", unit="tokens") if self.progress else None
-        stopped = self._stopped([term for term in until if term], shown)
+        stopped = self._stopped(until, shown)
         with evaluating(self.model):
             tokens = decode(
                 self.model,

@@ -3,25 +3,27 @@
 import pytest
 
 from slmfast.errors import UserError
+from slmfast.evaluation.language_model import PackedLM
 from slmfast.job import BUILTIN_MODELS
 from slmfast.recipe import Evaluate
+from slmfast.scoring.loading import load_model, load_tokenizer
 
 TASKS = ["mini_arithmetic", "mini_text", "mini_lexicon", "mini_compare", "mini_code"]
+
+
+def loaded(name):
+    folder = str(BUILTIN_MODELS / name)
+    return load_model(folder, device="cpu"), load_tokenizer(folder)
 
 
 @pytest.fixture(scope="module")
 def small():
     """The miniature's small model and its tokenizer."""
-    from slmfast.scoring.loading import load_model, load_tokenizer
-
-    folder = str(BUILTIN_MODELS / "small")
-    return load_model(folder, device="cpu"), load_tokenizer(folder)
+    return loaded("small")
 
 
 @pytest.fixture(scope="module")
 def packed(small):
-    from slmfast.evaluation.language_model import PackedLM
-
     return PackedLM(*small)
 
 
@@ -44,13 +46,12 @@ def asked(kind, *arguments, task="t"):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("template", [True, False])
-def test_every_item_equals_hflms(small, packed, world, tmp_path, hflm, answers, same, template):
+def test_every_item_equals_hflms(world, tmp_path, hflm, answers, same, template):
+    large = loaded("large")
     settings = Evaluate(tasks=TASKS, limit=40, chat_template=template)
-    ours = answers(packed, settings, tmp_path / "ours", world)
-    theirs = answers(hflm(*small), settings, tmp_path / "theirs", world)
-    items, greedy = same(ours, theirs)
-    assert items == 40 * len(TASKS)
-    assert greedy > 0 or not template  # else the flags were all false anyway
+    ours = answers(PackedLM(*large), settings, tmp_path / "ours", world)
+    theirs = answers(hflm(*large), settings, tmp_path / "theirs", world)
+    assert same(ours, theirs) == 40 * len(TASKS)
     for task in TASKS:
         assert ours["results"][task] == theirs["results"][task]
 
@@ -59,12 +60,17 @@ TEXTS = ["The sun is warm.", " today", "今天天气很好，", "", "a  b  ", "1
 
 
 def test_choices_of_every_make_equal_hflms(small, packed, hflm):
-    """Spaces that move to the choice, an empty context, choices of several tokens, the same choice twice."""
+    """Spaces that move to the choice, an empty context, choices of several tokens, the same twice, greedy ones."""
     given = [(context, more) for context in TEXTS for more in (" 2", "是的", "yes and no", "2", " 2")]
+    kwargs = {"max_gen_toks": 3}
+    replies = packed.generate_until(asked("generate_until", *((text, kwargs) for text in TEXTS if text)))
+    given += list(zip(filter(None, TEXTS), replies, strict=True))
+    given = [pair for pair in given if pair[1]]
     ours = packed.loglikelihood(asked("loglikelihood", *given))
     theirs = hflm(*small, batch_size=4).loglikelihood(asked("loglikelihood", *given), disable_tqdm=True)
     for mine, its in zip(ours, theirs, strict=True):
         assert mine == (pytest.approx(its[0], abs=1e-4), its[1])
+    assert 0 < sum(greedy for _, greedy in theirs) < len(theirs)
 
 
 def test_rolling_windows_equal_hflms(small, packed, hflm, monkeypatch):
@@ -137,7 +143,7 @@ def test_what_several_items_begin_with_is_computed_once(small, packed, monkeypat
     sizes = []
     whole = forward._sums
     monkeypatch.setattr(forward, "_sums", lambda m, w, batch: sizes.append(batch.tokens) or whole(m, w, batch))
-    shots = "Question: what is one and one? Answer: two. " * 6
+    shots = "Question: what is one and one? Answer: two. " * 12
     items = [
         (f"{shots}Question: {word} {i}? Answer:", f" {answer}")
         for i, word in enumerate(["x", "y", "z"] * 5)
@@ -192,7 +198,8 @@ def test_packs_hold_several_of_the_longest_items(longest, tokens):
 
 
 def test_a_template_without_system_messages_goes_without_them(small, packed, hflm, monkeypatch):
-    strict = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no') }}{% endif %}{{ m.content }}{% endfor %}"
+    no_system = "{% if m.role == 'system' %}{{ raise_exception('no') }}{% endif %}"
+    strict = f"{{% for m in messages %}}{no_system}{{{{ m.content }}}}{{% endfor %}}"
     monkeypatch.setattr(small[1], "chat_template", strict)
     chat = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
     with pytest.warns(UserWarning, match="no system message"):
