@@ -6,7 +6,7 @@ and metrics are lm-eval's own, as its tasks of these names have them; its gsm8k 
 """
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,13 @@ from slmfast.recipe import SUITES
 _FOLDERS = {"mmlu": "mmlu/default", "cmmlu": "cmmlu", "ceval-valid": "ceval", "gsm8k": "gsm8k"}
 
 
-def load(benchmark: str, data: Path | None, scratch: Path) -> dict[str, Any]:
+def load(benchmark: str, data: Path | None, scratch: Path, *, only: Container[str] | None = None) -> dict[str, Any]:
     """A benchmark of the suite, loaded: its tasks and group as lm-eval's TaskManager gives them.
 
     Args:
         data: the folder of local files, as `local_items` names them; None for the hub's.
         scratch: where these go in the hub's columns.
+        only: of a benchmark's tasks; all of them unless given.
 
     Raises:
         UserError: a local file is missing or not what it should be.
@@ -34,7 +35,7 @@ def load(benchmark: str, data: Path | None, scratch: Path) -> dict[str, Any]:
     manager = _manager(benchmark)
     if benchmark == "humaneval":
         return manager.load([humaneval.TASK | _local(benchmark, "", data, scratch) | {"num_fewshot": shots}])
-    members = list(_leaves(manager, benchmark))
+    members = [name for name in _leaves(manager, benchmark) if only is None or name in only]
     tasks = []
     for name in members:
         subject = name.removeprefix(f"{benchmark}_")

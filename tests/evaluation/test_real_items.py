@@ -1,10 +1,15 @@
 """Real items of mmlu, cmmlu, gsm8k and HumanEval: ours equals HFLM item by item, at Qwen2-0.5B's widths."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from slmfast.evaluation import task_folder
 from slmfast.evaluation.language_model import PackedLM
+from slmfast.job import BUILTIN_MODELS
 from slmfast.recipe import Evaluate
+from slmfast.scoring.loading import load_model, load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -61,3 +66,19 @@ def test_generations(subject, real_data, tmp_path, hflm, answers, same, few_subj
     assert ours["n-shot"] == {"gsm8k": 4, "humaneval": 0}
     question = ours["samples"]["gsm8k"][0]["arguments"][0][0]
     assert question.count("Question:") == 5 and question.endswith("Answer:")
+
+
+@pytest.mark.slow
+def test_a_whole_set_with_the_miniatures_model(real_data, tmp_path, hflm, answers, same):
+    """Four subjects of cmmlu without worked examples, for which the miniature's window has no room, and some gsm8k."""
+    folder = str(BUILTIN_MODELS / "large")
+    large = load_model(folder, device="cpu"), load_tokenizer(folder)
+    own = Path(__file__).parents[2] / "recipes" / "real-sample-tasks"
+    tasks = task_folder(str(own), str(real_data), tmp_path / "tasks")
+    whole, some = Evaluate(tasks=["real_cmmlu"]), Evaluate(tasks=["real_gsm8k"], limit=12)
+    for settings, batch, items in ((whole, 32, 737), (some, 1, 12)):
+        ours = answers(PackedLM(*large), settings, tmp_path / "ours", tasks)
+        theirs = answers(hflm(*large, batch_size=batch), settings, tmp_path / "theirs", tasks)
+        assert same(ours, theirs) == items
+        for task in settings.tasks:
+            assert ours["results"][task] == theirs["results"][task]
