@@ -179,11 +179,11 @@ def _add_model_stages(commands: argparse._SubParsersAction) -> None:
     evaluate.add_argument("--task-folder", help="a folder of lm-eval task files")
     evaluate.add_argument("--data", help="what ${DATA} in these files stands for; the folder of a suite's own files")
     evaluate.add_argument("--limit", type=int, help="items a task")
+    evaluate.add_argument(
+        "--run-generated-code", action="store_true", help="let HumanEval run, in a sandbox, what the models write"
+    )
     evaluate.add_argument("--no-chat-template", action="store_true", help="put the bare text to the model")
     evaluate.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16 (default float32)")
-    evaluate.add_argument(
-        "--run-generated-code", action="store_true", help="let humaneval run the models' programs, in a sandbox"
-    )
     evaluate.add_argument("--seed", type=int, default=0, help="of the bootstrap over items")
     evaluate.add_argument(
         "-o",

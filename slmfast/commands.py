@@ -260,9 +260,12 @@ def evaluate(arguments: Namespace) -> None:
     from slmfast.evaluation import evaluate_model, task_folder
     from slmfast.evaluation.paired import format_differences, paired_differences
     from slmfast.evaluation.run import described
+    from slmfast.sandbox import check_sandbox
     from slmfast.stages.evaluate import survival
 
     settings = _evaluation_settings(arguments)
+    if settings.run_generated_code:
+        check_sandbox()
     models = _named_models(arguments.models)
     data = None if arguments.data is None else Path(arguments.data)
     print(f"evaluate: {described(settings, data)}", flush=True)

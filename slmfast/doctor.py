@@ -6,6 +6,8 @@ import os
 import platform
 from collections.abc import Iterator
 
+from slmfast.sandbox import why_no_sandbox
+
 PACKAGES = ("torch", "transformers", "triton", "trl", "bitsandbytes", "lm-eval", "pyarrow", "numba", "datasets")
 OPTIONAL = {
     "flash-attn": "attention falls back to torch's own; pip install slmfast[cuda] on a CUDA machine adds it",
@@ -31,8 +33,16 @@ def findings(model: str | None = None) -> Iterator[tuple[str, str]]:
         yield name, _version(name) or "missing: reinstall slmfast with its requirements"
     for name, otherwise in OPTIONAL.items():
         yield name, _version(name) or f"not installed: {otherwise}"
+    yield "sandbox", _sandbox()
     if model is not None:
         yield "scoring", _scoring(model)
+
+
+def _sandbox() -> str:
+    why = why_no_sandbox()
+    if why is None:
+        return "bubblewrap: HumanEval runs generated programs in it, if asked to (evaluate.run_generated_code)"
+    return f"none, so HumanEval is refused: {why}"
 
 
 def _scoring(name: str) -> str:

@@ -39,6 +39,7 @@ TRAINED = ("S1", "S2", "S3")
 CONTAMINATION = ("report", "remove", "skip")
 # Benchmarks of a suite and their numbers of worked examples; slmfast.evaluation.suite says where these are from.
 SUITES = {"paper": {"mmlu": 5, "cmmlu": 5, "ceval-valid": 5, "humaneval": 0, "gsm8k": 4}}
+CODE_TASKS = ("humaneval", "mbpp")  # how the names of tasks begin that run what a model wrote
 EVALUATION_DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -227,9 +228,13 @@ class Evaluate:
             self.suite is None or self.suite in SUITES, "evaluate.suite", f"use {', '.join(SUITES)}, or leave it out"
         )
         _require(self.dtype in EVALUATION_DTYPES, "evaluate.dtype", f"use {', '.join(EVALUATION_DTYPES)}")
-        runs = "humaneval" in self.names and not self.run_generated_code
-        remedy = "humaneval runs programs that the models write, in a sandbox: set this to true (--run-generated-code)"
-        _require(not runs, "evaluate.run_generated_code", f"{remedy}, or leave it out of the tasks")
+        code = [task for task in self.names if task.startswith(CODE_TASKS)]
+        _require(
+            self.run_generated_code or not code,
+            "evaluate.run_generated_code",
+            f"{', '.join(code)} runs programs that the model writes; set it to true (or give --run-generated-code) to "
+            "have them run in a sandbox, or leave it out of the tasks",
+        )
 
     @property
     def names(self) -> list[str]:

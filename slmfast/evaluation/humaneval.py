@@ -1,26 +1,17 @@
-"""HumanEval (Chen et al. 2021, "Evaluating large language models trained on code"): programs that a model writes, run.
+"""HumanEval as an lm-eval task of our own (Chen et al. 2021, "Evaluating large language models trained on code").
 
-lm-eval's own task loads its metric from a hub when it is imported, and runs programs without a sandbox. This is the
-same task, prompt and end of a program, with the running left to `slmfast.sandbox`.
+lm-eval's own task loads its metric from a hub when it is imported, and runs programs without a sandbox. This has its
+prompts, stop strings and score, pass@1 of one greedy reply, and leaves the running to `slmfast.humaneval`.
 """
 
 from typing import Any
 
-SECONDS = 10.0  # that a program may take, its tests included
-MEMORY = 1 << 30  # bytes that it may take
-
-
-def program(doc: dict[str, Any], reply: str) -> str:
-    """The prompt's function with a reply as its body, and the item's own tests of it."""
-    return f"{doc['prompt']}{reply}\n{doc['test']}\ncheck({doc['entry_point']})\n"
+from slmfast.humaneval import check_completion
 
 
 def process_results(doc: dict[str, Any], replies: list[str]) -> dict[str, float]:
-    """Whether the first reply's program passes its tests, as lm-eval asks: {"pass@1": 0 or 1}."""
-    from slmfast.sandbox import run_program
-
-    outcome = run_program(program(doc, replies[0]), seconds=SECONDS, memory_bytes=MEMORY)
-    return {"pass@1": float(outcome.passed)}
+    """Whether the first reply, behind the prompt, passes the item's tests, as lm-eval asks: {"pass@1": 0 or 1}."""
+    return {"pass@1": float(check_completion(doc, replies[0]).passed)}
 
 
 TASK: dict[str, Any] = {

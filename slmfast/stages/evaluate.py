@@ -11,6 +11,7 @@ from slmfast.evaluation.run import described
 from slmfast.fusion import update_survival
 from slmfast.job import Counts, Job
 from slmfast.recipe import TRAINED, expand
+from slmfast.sandbox import check_sandbox
 from slmfast.store import file_digest, read_json, write_json, write_table
 
 INPUTS = ("train", "fuse")
@@ -39,6 +40,8 @@ def run(job: Job) -> Counts:
     """Writes scores.json, {model: {task: {value, stderr, n}}}, settings.json, {task: {shots, metric, filter}}, every
     item's score and output under `items/`, and how far any two models lie apart in differences.json."""
     settings = job.settings
+    if settings.run_generated_code:
+        check_sandbox()
     models = {"base": job.model("base")}
     models |= {name: str(job.inputs["train"] / name) for name in TRAINED}
     models["fused"] = str(job.inputs["fuse"] / "fused")

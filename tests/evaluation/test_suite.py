@@ -2,8 +2,6 @@
 
 import csv
 import json
-import sys
-import types
 
 import pyarrow.parquet as pq
 import pytest
@@ -13,6 +11,7 @@ from slmfast.evaluation import evaluate_model, humaneval, local_items, suite
 from slmfast.evaluation.run import described, load_tasks
 from slmfast.job import BUILTIN_MODELS
 from slmfast.recipe import Evaluate, load_recipe
+from slmfast.sandbox import Outcome, why_no_sandbox
 
 ROWS = [  # fields that a reader which guesses types, or takes NA for nothing, would change
     ["Which is 1,0?", "1.0", "2", "NA", "3", "B"],
@@ -108,7 +107,7 @@ def test_settings_are_pinned_and_told():
     )
     assert not whole.templated and Evaluate(tasks=["x"]).templated
     assert Evaluate(suite="paper", tasks=["mmlu"], chat_template=True).templated
-    with pytest.raises(UserError, match=r"evaluate\.run_generated_code: humaneval runs programs"):
+    with pytest.raises(UserError, match=r"evaluate\.run_generated_code: humaneval runs programs that the model writes"):
         load_recipe(None, ["evaluate.suite=paper"])
     with pytest.raises(UserError, match=r"evaluate\.suite: use paper"):
         load_recipe(None, ["evaluate.suite=papers"])
@@ -121,33 +120,28 @@ def test_every_subject_of_the_groups_is_there():
 
 
 @pytest.fixture
-def sandbox(monkeypatch):
-    """A stand-in that runs nothing: it passes programs in which a function returns x."""
-    programs = []
+def checked(monkeypatch):
+    """What is to be run; nothing is. A body that returns x passes."""
+    replies = []
 
-    def run_program(source, *, seconds, memory_bytes):
-        programs.append(source)
-        compile(source, "program", "exec")
-        return types.SimpleNamespace(passed="return x" in source, reason="")
+    def check(doc, reply):
+        replies.append((doc["task_id"], reply))
+        return Outcome("return x" in reply, "")
 
-    module = types.ModuleType("slmfast.sandbox")
-    module.run_program = run_program
-    monkeypatch.setitem(sys.modules, "slmfast.sandbox", module)
-    return programs
+    monkeypatch.setattr(humaneval, "check_completion", check)
+    return replies
 
 
-def test_a_program_is_the_prompt_the_reply_and_the_items_tests(data, sandbox):
+def test_a_reply_is_checked_behind_its_prompt(data):
+    """In the sandbox, where this machine has one."""
+    if reason := why_no_sandbox():
+        pytest.skip(reason)
     docs = [json.loads(line) for line in (data / "humaneval" / "HumanEval.jsonl").read_text().splitlines()]
     assert humaneval.process_results(docs[1], ["    return x\n"]) == {"pass@1": 1.0}
     assert humaneval.process_results(docs[1], ["    return 2\n"]) == {"pass@1": 0.0}
-    spaces = {}
-    exec(sandbox[0], spaces)  # ours and harmless
-    assert spaces["f1"](5) == 5
-    with pytest.raises(AssertionError):
-        exec(sandbox[1], {})
 
 
-def test_gsm8k_and_humaneval_end_to_end(data, sandbox, tmp_path, monkeypatch):
+def test_gsm8k_and_humaneval_end_to_end(data, checked, tmp_path, monkeypatch):
     monkeypatch.setitem(humaneval.TASK["generation_kwargs"], "max_gen_toks", 8)
     settings = Evaluate(suite="paper", tasks=["humaneval", "gsm8k"], limit=2, run_generated_code=True)
     result = evaluate_model(str(BUILTIN_MODELS / "small"), settings, None, tmp_path / "cache", data)
@@ -157,9 +151,7 @@ def test_gsm8k_and_humaneval_end_to_end(data, sandbox, tmp_path, monkeypatch):
         "gsm8k": {"shots": 4, "metric": "exact_match", "filter": "strict-match"},
     }
     assert [(row["task"], row["item"]) for row in result.items] == [(t, i) for t in settings.tasks for i in (0, 1)]
-    assert len(sandbox) == 2 and all(
-        row["output"] in program for row, program in zip(result.items, sandbox, strict=False)
-    )
+    assert checked == [(f"HumanEval/{i}", result.items[i]["output"]) for i in (0, 1)]
 
 
 def test_programs_of_other_tasks_are_refused(tmp_path):
