@@ -23,6 +23,7 @@ setup(
     packages=[
         "slmfast",
         "slmfast.engines",
+        "slmfast.evaluation",
         "slmfast.kernels",
         "slmfast.miniature",
         "slmfast.readers",

@@ -34,8 +34,10 @@ KEPT_BYTES = 256 * MIB
 
 
 @torch.library.custom_op("slmfast::linear_logprob", mutates_args=())
-def linear_logprob(hidden: Tensor, weight: Tensor, targets: Tensor, entropy: bool) -> tuple[Tensor, Tensor]:
+def linear_logprob(hidden: Tensor, weight: Tensor, targets: Tensor, entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probabilities of the targets, fp32 [N], and entropies in nats, fp32 [N], or [0] where not asked for.
+
+    The third says which targets no word is likelier than, bool [N]: greedy decoding would choose them.
 
     Args:
         hidden: [N, H], any float dtype; on CUDA bf16, fp16 or fp32.
@@ -49,14 +51,15 @@ def linear_logprob(hidden: Tensor, weight: Tensor, targets: Tensor, entropy: boo
     """
     path = _fastest_on_cuda if _on_kernels(hidden) else _eager
     sums = path(hidden, weight, targets, entropy)
-    return sums.logprob(), sums.entropy() if entropy else sums.total.new_empty(0)
+    return sums.logprob(), sums.entropy() if entropy else sums.total.new_empty(0), sums.greedy()
 
 
 @linear_logprob.register_fake
-def _(hidden: Tensor, weight: Tensor, targets: Tensor, entropy: bool) -> tuple[Tensor, Tensor]:
+def _(hidden: Tensor, weight: Tensor, targets: Tensor, entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
     check_shapes(hidden, weight, targets)
     logprob = targets.new_empty(targets.shape, dtype=torch.float32)
-    return logprob, torch.empty_like(logprob) if entropy else logprob.new_empty(0)
+    spread = torch.empty_like(logprob) if entropy else logprob.new_empty(0)
+    return logprob, spread, torch.empty_like(logprob, dtype=torch.bool)
 
 
 def accumulating_logprob(hidden: Tensor, weight: Tensor, targets: Tensor, weight_grad: Tensor | None) -> Tensor:

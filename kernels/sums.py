@@ -24,6 +24,10 @@ class LogSums(NamedTuple):
         """The entropy of the whole distribution, in nats."""
         return self.total.log() - self.weighted / self.total
 
+    def greedy(self) -> Tensor:
+        """Whether no word is likelier than the target, bool [N]. The target's logit is the one that the maximum saw."""
+        return self.picked >= self.maximum
+
     def log_sum_exp(self) -> Tensor:
         """log(sum(exp(l))): the probability of a word is exp(l - this)."""
         return self.maximum + self.total.log()

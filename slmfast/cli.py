@@ -73,7 +73,8 @@ def parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="what this machine offers, and why not more")
     doctor.add_argument("model", nargs="?", help="a model folder or hub name: also say how it is scored")
     bench = commands.add_parser("bench", help="throughput beside named peers")
-    bench.add_argument("what", choices=["dedup", "scoring", "training", "fusion"], help="the hot path to measure")
+    measured = ["dedup", "scoring", "training", "evaluation", "fusion"]
+    bench.add_argument("what", choices=measured, help="the hot path to measure")
     bench.add_argument("rest", nargs=argparse.REMAINDER, help="options of the benchmark itself")
     return top
 
@@ -184,15 +185,25 @@ def _add_model_stages(commands: argparse._SubParsersAction) -> None:
     fuse.add_argument("--base", help="the model before training: what share of its update another type keeps is told")
     evaluate = commands.add_parser("evaluate", help="score models on lm-eval tasks")
     evaluate.add_argument("models", nargs="+", metavar="NAME=MODEL", help="model folders, named")
-    evaluate.add_argument("--tasks", required=True, help="task names, separated by commas")
+    evaluate.add_argument("--tasks", help="task names, separated by commas; of a suite, all unless given")
+    evaluate.add_argument("--suite", help="paper: mmlu, cmmlu, ceval-valid, humaneval and gsm8k with pinned settings")
     evaluate.add_argument("--task-folder", help="a folder of lm-eval task files")
-    evaluate.add_argument("--data", help="what ${DATA} in these files stands for")
+    evaluate.add_argument("--data", help="what ${DATA} in these files stands for; the folder of a suite's own files")
     evaluate.add_argument("--limit", type=int, help="items a task")
     evaluate.add_argument(
         "--run-generated-code", action="store_true", help="let HumanEval run, in a sandbox, what the models write"
     )
     evaluate.add_argument("--no-chat-template", action="store_true", help="put the bare text to the model")
-    evaluate.add_argument("-o", "--output", type=Path, required=True, help="the JSON file to write")
+    evaluate.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16 (default float32)")
+    evaluate.add_argument("--seed", type=int, default=0, help="of the bootstrap over items")
+    evaluate.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        help="the JSON file to write; beside it go NAME.items, NAME.settings.json and, of several models, "
+        "NAME.differences.json",
+    )
 
 
 def _training_keys() -> str:

@@ -14,7 +14,7 @@ from slmfast.errors import UserError
 from slmfast.job import Job
 from slmfast.recipe import STAGES, Evaluate, Recipe, Source, build, load_recipe
 from slmfast.records import RECORD_SCHEMA
-from slmfast.store import MANIFEST, only_writer, table_schema, write_json
+from slmfast.store import MANIFEST, only_writer, table_schema, write_json, write_table
 
 MINIATURE = Path(__file__).parent / "miniature" / "recipe.yaml"
 
@@ -258,30 +258,66 @@ def evaluate(arguments: Namespace) -> None:
     """Scores models on lm-eval tasks."""
     import tempfile
 
-    from slmfast.evaluation import evaluate_model, task_folder
-    from slmfast.sandbox import check_sandbox
+    import pyarrow as pa
 
-    settings = Evaluate(
-        tasks=arguments.tasks.split(","),
-        limit=arguments.limit,
-        chat_template=not arguments.no_chat_template,
-        run_generated_code=arguments.run_generated_code,
-    )
+    from slmfast.evaluation import evaluate_model, task_folder
+    from slmfast.evaluation.paired import format_differences, paired_differences
+    from slmfast.evaluation.run import described
+    from slmfast.sandbox import check_sandbox
+    from slmfast.stages.evaluate import survival
+
+    settings = _evaluation_settings(arguments)
     if settings.run_generated_code:
         check_sandbox()
-    scores = {}
+    models = _named_models(arguments.models)
+    data = None if arguments.data is None else Path(arguments.data)
+    print(f"evaluate: {described(settings, data)}", flush=True)
+    base, scores, items = next(iter(models.values())), {}, {}
     with tempfile.TemporaryDirectory() as scratch:
         folder = task_folder(arguments.task_folder, arguments.data, Path(scratch) / "tasks")
-        for text in arguments.models:
-            name, _, model = text.rpartition("=")
-            name = name or Path(model).name
-            if name in scores:
-                raise UserError(f"{name} is named twice: give each model a name of its own")
-            if not (Path(model) / "config.json").is_file():
-                raise UserError(f"{model} is not a model folder: give NAME=MODEL_FOLDER")
-            scores[name] = evaluate_model(model, settings, folder, Path(scratch) / "cache").scores
+        for name, model in models.items():
+            print(f"evaluate: {name}{survival(base, model, settings.dtype)}", flush=True)
+            result = evaluate_model(model, settings, folder, Path(scratch) / "cache", data)
+            scores[name], items[name] = result.scores, pa.Table.from_pylist(result.items)
+            write_table(_beside(arguments.output, "items") / f"{name}.parquet", items[name])
+            write_json(_beside(arguments.output, "settings.json"), result.settings)
     write_json(arguments.output, scores)
     print(format_scores(scores))
+    if len(models) > 1:
+        differences = paired_differences(items, arguments.seed)
+        write_json(_beside(arguments.output, "differences.json"), differences)
+        print(f"\n{format_differences(differences)}")
+
+
+def _evaluation_settings(arguments: Namespace) -> Evaluate:
+    if arguments.tasks is None and arguments.suite is None:
+        raise UserError("nothing to answer: name --tasks, or --suite paper")
+    return Evaluate(
+        suite=arguments.suite,
+        tasks=arguments.tasks.split(",") if arguments.tasks else [],
+        limit=arguments.limit,
+        chat_template=False if arguments.no_chat_template else None,
+        dtype=arguments.dtype,
+        run_generated_code=arguments.run_generated_code,
+    )
+
+
+def _beside(output: Path, what: str) -> Path:
+    """A file or folder that belongs to an output: scores.json has scores.items and so on."""
+    return output.with_name(f"{output.name.removesuffix('.json')}.{what}")
+
+
+def _named_models(texts: list[str]) -> dict[str, str]:
+    models: dict[str, str] = {}
+    for text in texts:
+        name, _, model = text.rpartition("=")
+        name = name or Path(model).name
+        if name in models:
+            raise UserError(f"{name} is named twice: give each model a name of its own")
+        if not (Path(model) / "config.json").is_file():
+            raise UserError(f"{model} is not a model folder: give NAME=MODEL_FOLDER")
+        models[name] = model
+    return models
 
 
 def format_scores(scores: dict[str, dict[str, Any]]) -> str:

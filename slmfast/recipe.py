@@ -37,7 +37,10 @@ STAGES = (
 )
 TRAINED = ("S1", "S2", "S3")
 CONTAMINATION = ("report", "remove", "skip")
+# Benchmarks of a suite and their numbers of worked examples; slmfast.evaluation.suite says where these are from.
+SUITES = {"paper": {"mmlu": 5, "cmmlu": 5, "ceval-valid": 5, "humaneval": 0, "gsm8k": 4}}
 CODE_TASKS = ("humaneval", "mbpp")  # how the names of tasks begin that run what a model wrote
+EVALUATION_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def _require(condition: bool, key: str, remedy: str) -> None:
@@ -206,24 +209,42 @@ class Fuse:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate:
-    tasks: list[str] = field(default_factory=list)  # names that lm-eval knows, or files of `task_folder`
+    suite: str | None = None  # paper: the paper's five benchmarks with pinned settings
+    tasks: list[str] = field(
+        default_factory=list
+    )  # names that lm-eval knows, or files of `task_folder`; of a suite, all
     task_folder: str | None = None  # lm-eval task files of our own; builtin:miniature for the miniature's
-    data: str | None = None  # what ${DATA} in those files stands for
+    data: str | None = None  # what ${DATA} in those files stands for; of a suite, the folder of its files, else the hub
     limit: int | None = None  # items a task
-    batch_size: int = 64
-    chat_template: bool = True  # put each question as a user turn
-    run_generated_code: bool = False  # HumanEval scores a model by running, in a sandbox, the programs that it writes
+    batch_size: int = 64  # replies written side by side
+    chat_template: bool | None = None  # put each question as a user turn; without a suite yes, a suite's are bare text
+    dtype: str = "float32"  # of the weights
+    run_generated_code: bool = False  # humaneval runs what the models write, in a sandbox, and only if this is true
 
     def __post_init__(self) -> None:
         _require(self.limit is None or self.limit > 0, "evaluate.limit", "give a positive number, or null for all")
         _require(self.batch_size > 0, "evaluate.batch_size", "give a positive number")
-        code = [task for task in self.tasks if task.startswith(CODE_TASKS)]
+        _require(
+            self.suite is None or self.suite in SUITES, "evaluate.suite", f"use {', '.join(SUITES)}, or leave it out"
+        )
+        _require(self.dtype in EVALUATION_DTYPES, "evaluate.dtype", f"use {', '.join(EVALUATION_DTYPES)}")
+        code = [task for task in self.names if task.startswith(CODE_TASKS)]
         _require(
             self.run_generated_code or not code,
             "evaluate.run_generated_code",
             f"{', '.join(code)} runs programs that the model writes; set it to true (or give --run-generated-code) to "
-            "have them run in a sandbox",
+            "have them run in a sandbox, or leave it out of the tasks",
         )
+
+    @property
+    def names(self) -> list[str]:
+        """The tasks, those of the suite where none are named."""
+        return self.tasks or list(SUITES.get(self.suite or "", {}))
+
+    @property
+    def templated(self) -> bool:
+        """Whether questions are put as user turns."""
+        return self.suite is None if self.chat_template is None else self.chat_template
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -304,7 +325,7 @@ class Recipe:
         """Raises UserError where a run up to stage `last` has nothing to read or nothing to answer."""
         _require(len(self.collect.sources) > 0, "collect.sources", "name at least one source")
         evaluates = last is None or STAGES.index(last) >= STAGES.index("evaluate")
-        _require(not evaluates or len(self.evaluate.tasks) > 0, "evaluate.tasks", "name at least one task")
+        _require(not evaluates or len(self.evaluate.names) > 0, "evaluate.tasks", "name at least one task, or a suite")
 
 
 def load_recipe(path: Path | None, overrides: list[str] | None = None) -> Recipe:

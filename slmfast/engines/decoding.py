@@ -9,7 +9,8 @@ that a sample would depend on its neighbours in the batch. Here every prompt dra
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,12 +33,17 @@ class Sampling:
     temperature: float = 0.0  # 0: the likeliest
     top_p: float = 1.0
     seed: int = 0
+    # What the logit of a token that stands in the prompt or the reply is divided by, multiplied where it is negative
+    # (Keskar et al. 2019, "CTRL"); 1 for none.
+    repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
         if not self.temperature >= 0:
             raise UserError(f"temperature is {self.temperature}: give zero (greedy) or more")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p is {self.top_p}: give a share above 0, at most 1")
+        if not self.repetition_penalty > 0:
+            raise UserError(f"repetition_penalty is {self.repetition_penalty}: give a positive number, 1 for none")
 
 
 def uniforms(prompt: Sequence[int], occurrence: int, length: int, seed: int) -> np.ndarray:
@@ -50,6 +56,16 @@ def uniforms(prompt: Sequence[int], occurrence: int, length: int, seed: int) -> 
     return np.random.Generator(np.random.PCG64([seed, occurrence, *words])).random(length)
 
 
+def occurrences(prompts: Sequence[Sequence[int]]) -> list[int]:
+    """For each prompt how many equal ones stand before it."""
+    seen: Counter[tuple[int, ...]] = Counter()
+    numbers = []
+    for prompt in map(tuple, prompts):
+        numbers.append(seen[prompt])
+        seen[prompt] += 1
+    return numbers
+
+
 def decode(
     model: nn.Module,
     prompts: Sequence[Sequence[int]],
@@ -59,6 +75,7 @@ def decode(
     sampling: Sampling | None = None,
     *,
     slots: int = 64,
+    stopped: Callable[[Sequence[int]], bool] = lambda reply: False,
 ) -> list[list[int]]:
     """The tokens generated after each prompt, the token of `ends` that closed a reply included.
 
@@ -71,6 +88,7 @@ def decode(
         ends: the tokens that close a reply.
         draws: float64 [prompts, max_new_tokens], see `uniforms`; needed at a temperature above 0.
         slots: how many replies are written side by side.
+        stopped: asked after every token whether a reply ends with it.
 
     Raises:
         UserError: the model gives logits that are no numbers, or keeps more than keys and values.
@@ -85,12 +103,16 @@ def decode(
         """Gives every row its next token; rows whose reply has ended go on idly until they are taken out."""
         steps = [min(len(replies[owner]), max_new_tokens - 1) for owner in rows.owners]
         draw = None if draws is None else torch.as_tensor(draws[rows.owners, steps], device=logits.device)
+        if rows.used is not None:
+            logits = penalised(logits, rows.used, sampling.repetition_penalty)
         rows.last = next_tokens(logits, sampling, draw)[:, None]
+        if rows.used is not None:
+            rows.used.scatter_(1, rows.last, True)
         for row, token in enumerate(rows.last[:, 0].tolist()):
             if rows.going[row]:
                 reply = replies[rows.owners[row]]
                 reply.append(token)
-                rows.going[row] = token not in ends and len(reply) < max_new_tokens
+                rows.going[row] = token not in ends and len(reply) < max_new_tokens and not stopped(reply)
 
     rows: Rows | None = None
     while waiting or rows is not None:
@@ -101,7 +123,7 @@ def decode(
         free = min(len(waiting), slots - (len(rows.owners) if rows else 0))
         if free:
             taken = [waiting.pop() for _ in range(free)]
-            new, logits = Rows.begin(model, taken, [prompts[i] for i in taken])
+            new, logits = Rows.begin(model, taken, [prompts[i] for i in taken], sampling.repetition_penalty != 1)
             choose(new, logits)
             rows = new if rows is None else rows.joined(new)
     return replies
@@ -138,9 +160,12 @@ class Rows:
     seen: Tensor  # int64 [B, L]
     last: Tensor  # int64 [B, 1]: the newest token, which is not in the cache yet
     position: Tensor  # int64 [B, 1]: its position
+    used: Tensor | None = None  # bool [B, V]: the tokens of prompt and reply, where a penalty asks for them
 
     @classmethod
-    def begin(cls, model: nn.Module, owners: list[int], prompts: list[Sequence[int]]) -> tuple["Rows", Tensor]:
+    def begin(
+        cls, model: nn.Module, owners: list[int], prompts: list[Sequence[int]], note_used: bool = False
+    ) -> tuple["Rows", Tensor]:
         """Rows for prompts, and the logits [B, V] of their first tokens."""
         ids, seen = _left_padded(prompts, model.get_output_embeddings().weight.device)
         # Without the model's configuration every layer keeps all places, as the copies below need it; a sliding
@@ -148,7 +173,12 @@ class Rows:
         cache = DynamicCache()
         positions = (seen.cumsum(1) - 1).clamp(min=0)
         logits = _last_logits(model, ids, seen, positions, cache)
-        return cls(owners, [True] * len(owners), cache, seen, ids[:, -1:], positions[:, -1:] + 1), logits
+        used = None
+        if note_used:
+            used = torch.zeros_like(logits, dtype=torch.bool)
+            row, place = seen.nonzero(as_tuple=True)
+            used[row, ids[row, place]] = True
+        return cls(owners, [True] * len(owners), cache, seen, ids[:, -1:], positions[:, -1:] + 1, used), logits
 
     def step(self, model: nn.Module) -> Tensor:
         """The logits [B, V] after the newest tokens."""
@@ -170,7 +200,8 @@ class Rows:
         for i, layer in enumerate(self.cache.layers):
             cache.update(layer.keys[keep, :, unused:], layer.values[keep, :, unused:], i)
         owners = [self.owners[row] for row in rows]
-        return Rows(owners, [True] * len(rows), cache, seen[:, unused:], self.last[keep], self.position[keep])
+        used = None if self.used is None else self.used[keep]
+        return Rows(owners, [True] * len(rows), cache, seen[:, unused:], self.last[keep], self.position[keep], used)
 
     def joined(self, other: "Rows") -> "Rows":
         """These rows and then the other ones."""
@@ -185,7 +216,8 @@ class Rows:
             cache.update(both(a.keys, b.keys, 2), both(a.values, b.values, 2), i)
         last, position = torch.cat([self.last, other.last]), torch.cat([self.position, other.position])
         seen = both(self.seen, other.seen, 1)
-        return Rows(self.owners + other.owners, self.going + other.going, cache, seen, last, position)
+        used = None if self.used is None or other.used is None else torch.cat([self.used, other.used])
+        return Rows(self.owners + other.owners, self.going + other.going, cache, seen, last, position, used)
 
 
 def _last_logits(model: nn.Module, ids: Tensor, seen: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
@@ -198,6 +230,12 @@ def _last_logits(model: nn.Module, ids: Tensor, seen: Tensor, positions: Tensor,
         logits_to_keep=1,
     )
     return output.logits[:, -1]
+
+
+def penalised(logits: Tensor, used: Tensor, penalty: float) -> Tensor:
+    """Logits [B, V] with those of used tokens, bool [B, V], pressed down by a repetition penalty."""
+    pressed = torch.where(logits < 0, logits * penalty, logits / penalty)
+    return torch.where(used, pressed, logits)
 
 
 def next_tokens(logits: Tensor, sampling: Sampling, draws: Tensor | None = None) -> Tensor:

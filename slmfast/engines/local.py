@@ -1,6 +1,5 @@
 """The engine that runs a model here, on transformers: no server, any machine."""
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -14,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig
 
 from slmfast.engines.base import Generation, Prompt, describe_parameters
-from slmfast.engines.decoding import Sampling, decode, uniforms
+from slmfast.engines.decoding import Sampling, decode, occurrences, uniforms
 from slmfast.errors import UserError
 from slmfast.scoring import choose, perplexity
 from slmfast.scoring.budget import checked_budget
@@ -100,12 +99,12 @@ class LocalEngine:
                     f"prompt {i} has {len(ids)} tokens and leaves no room for {max_new_tokens} new ones in a window "
                     f"of {self.window}: leave it out (count_tokens tells) or lower max_new_tokens"
                 )
-        occurrences = _occurrences(encoded)
-        order = sorted(range(len(encoded)), key=lambda i: (len(encoded[i]), encoded[i], occurrences[i]))
+        numbers = occurrences(encoded)
+        order = sorted(range(len(encoded)), key=lambda i: (len(encoded[i]), encoded[i], numbers[i]))
         ids = [encoded[i] for i in order]
         draws = None
         if temperature > 0 and ids:
-            draws = np.stack([uniforms(encoded[i], occurrences[i], max_new_tokens, seed) for i in order])
+            draws = np.stack([uniforms(encoded[i], numbers[i], max_new_tokens, seed) for i in order])
         with self._threads(), evaluating(self.model):
             tokens = decode(self.model, ids, self._ends, max_new_tokens, draws, sampling, slots=self.batch_size)
         asked = describe_parameters(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
@@ -170,13 +169,3 @@ class LocalEngine:
             yield
         finally:
             torch.set_num_threads(before)
-
-
-def _occurrences(prompts: list[list[int]]) -> list[int]:
-    """For each prompt how many equal ones stand before it."""
-    seen: Counter[tuple[int, ...]] = Counter()
-    numbers = []
-    for prompt in map(tuple, prompts):
-        numbers.append(seen[prompt])
-        seen[prompt] += 1
-    return numbers

@@ -117,17 +117,20 @@ def _differences(run: RunFolder, scores: Scores, tasks: list[str]) -> list[Block
     ]
 
 
-def _item_values(run: RunFolder, model: str) -> dict[tuple[str, int], float]:
-    """The value of every item that a model answered, by task and item number."""
+def _item_values(run: RunFolder, model: str) -> dict[tuple[str, str, int], float]:
+    """The value of every item that a model answered, by task, the task's subset if it has several, and number."""
     path = run.stages["evaluate"] / "items" / f"{model}.parquet"
     if not path.exists():
         return {}
-    table = pq.read_table(path, columns=["task", "item", "value"], partitioning=None)
-    columns = (table.column(name).to_pylist() for name in ("task", "item", "value"))
-    return {(task, item): value for task, item, value in zip(*columns, strict=True)}
+    table = pq.read_table(path, partitioning=None)
+    subsets = table["subset"].to_pylist() if "subset" in table.column_names else [""] * len(table)
+    tasks, items, values = (table[name].to_pylist() for name in ("task", "item", "value"))
+    return {tuple(key): value for *key, value in zip(tasks, subsets, items, values, strict=True)}
 
 
-def _difference(scores: Scores, items: dict[str, dict[tuple[str, int], float]], model: str, task: str) -> Figure | None:
+def _difference(
+    scores: Scores, items: dict[str, dict[tuple[str, str, int], float]], model: str, task: str
+) -> Figure | None:
     """A model's score less the base model's: paired where both have the same items, else as of independent samples."""
     own, other = (scores[name].get(task) for name in (model, BASE))
     if own is None or other is None:

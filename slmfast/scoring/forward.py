@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,14 +14,22 @@ from slmfast.scoring.attention import packing
 from slmfast.scoring.batches import Batch, make_batches
 from slmfast.scoring.budget import checked_budget
 from slmfast.scoring.cpu_layers import faster_layers
-from slmfast.scoring.head import head_weight, linear_logprob
+from slmfast.scoring.head import head_weight, target_scores
 from slmfast.scoring.loading import evaluating
 from slmfast.scoring.packable import rotates_by_length, why_not_packed
 from slmfast.scoring.packing import Group
 from slmfast.scoring.probes import remembered
 
 Owner = tuple[int, int]  # a group, and a continuation's number in it
+Found = tuple[float, bool]  # a continuation's log-probability, and whether greedy decoding would write it
 _NO_MEMORY = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
+
+
+class Scores(NamedTuple):
+    """A group's continuations, C of them."""
+
+    logprob: np.ndarray  # float64 [C], natural, of the whole continuation
+    greedy: np.ndarray  # bool [C]: each of its tokens is the likeliest at its place
 
 
 def continuation_logprobs(
@@ -33,6 +42,22 @@ def continuation_logprobs(
 ) -> list[np.ndarray]:
     """For each group the natural log-probability of each whole continuation, float64 [continuations].
 
+    Arguments, precision and errors are those of `continuation_scores`.
+    """
+    given = {"batch_tokens": batch_tokens, "progress": progress, "on_halved": on_halved}
+    return [scores.logprob for scores in continuation_scores(model, groups, **given)]
+
+
+def continuation_scores(
+    model: nn.Module,
+    groups: Sequence[Group],
+    *,
+    batch_tokens: int | None = None,
+    progress: str | None = None,
+    on_halved: Callable[[int], None] | None = None,
+) -> list[Scores]:
+    """For each group the log-probability of each whole continuation, and whether it is the greedy one.
+
     Sums are float64 over fp32 token scores. The head runs only where a target asks for it. Where the memory does not
     hold a batch, batches are halved from there on, and `on_halved` is told how many tokens they have then.
 
@@ -43,13 +68,14 @@ def continuation_logprobs(
     weight = head_weight(model)
     _check_vocabulary(groups, min(len(weight), len(model.get_input_embeddings().weight)))
     budget = checked_budget(batch_tokens, model)
-    scores = [np.full(len(group.continuations), np.nan) for group in groups]
+    counts = [len(group.continuations) for group in groups]
+    scores = [Scores(np.full(count, np.nan), np.zeros(count, dtype=bool)) for count in counts]
     total = sum(len(continuation) for group in groups for continuation in group.continuations)
     shown = Progress(progress, total, "tokens") if progress else None
     packed = bool(groups) and remembered(why_not_packed, model) is None
     alone = rotates_by_length(model)
 
-    def run(batch: Batch) -> list[float]:
+    def run(batch: Batch) -> list[Found]:
         sums = _sums(model, weight, batch)
         if shown:
             shown.add(len(batch.targets))
@@ -63,7 +89,7 @@ def continuation_logprobs(
             ways.enter_context(packing(model))
             ways.enter_context(faster_layers(model))
         for (group, member), score in _in_halves(run, batches, groups, budget, on_halved or (lambda tokens: None)):
-            scores[group][member] = score
+            scores[group].logprob[member], scores[group].greedy[member] = score
     if shown:
         shown.close()
     return scores
@@ -77,12 +103,12 @@ def _check_vocabulary(groups: Sequence[Group], size: int) -> None:
 
 
 def _in_halves(
-    run: Callable[[Batch], list[float]],
+    run: Callable[[Batch], list[Found]],
     batches: Callable[[Sequence[Group], int], Iterator[Batch]],
     groups: Sequence[Group],
     budget: int,
     on_halved: Callable[[int], None],
-) -> Iterator[tuple[Owner, float]]:
+) -> Iterator[tuple[Owner, Found]]:
     """Runs all batches; from one that the memory does not hold on, batches of half its tokens."""
     left = [(g, m) for g, group in enumerate(groups) for m in range(len(group.continuations))]
     while left:
@@ -129,8 +155,8 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _NO_MEMORY)
 
 
-def _sums(model: nn.Module, weight: torch.Tensor, batch: Batch) -> list[float]:
-    logprobs = linear_logprob(batch.hidden(model), weight, batch.targets)
+def _sums(model: nn.Module, weight: torch.Tensor, batch: Batch) -> list[Found]:
+    logprobs, likeliest = target_scores(batch.hidden(model), weight, batch.targets)
     sums = torch.zeros(len(batch.continuations), dtype=torch.float64, device=weight.device)
     sums.index_add_(0, batch.owners, logprobs.double())
     if not torch.isfinite(sums).all():
@@ -138,4 +164,6 @@ def _sums(model: nn.Module, weight: torch.Tensor, batch: Batch) -> list[float]:
             f"{type(model).__name__} ({weight.dtype}) gives log-probabilities that are no numbers: "
             "check its weights, or score with dtype float32"
         )
-    return sums.tolist()
+    others = torch.zeros(len(sums), dtype=torch.int64, device=weight.device)
+    others.index_add_(0, batch.owners, (~likeliest).long())
+    return list(zip(sums.tolist(), (others == 0).tolist(), strict=True))

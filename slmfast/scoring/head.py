@@ -62,5 +62,12 @@ def linear_logprob(
     With `entropy` also the entropy of the whole distribution at each position, in nats, fp32 [N]. The kernel is the
     one that suits the machine; none holds [N, V] logits.
     """
-    logprob, spread = head_op.linear_logprob(hidden, weight, targets, entropy)
+    logprob, spread, _ = head_op.linear_logprob(hidden, weight, targets, entropy)
     return (logprob, spread) if entropy else logprob
+
+
+@torch.no_grad()
+def target_scores(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """What `linear_logprob` gives, and whether no word is likelier than the target, bool [N]."""
+    logprob, _, greedy = head_op.linear_logprob(hidden, weight, targets, False)
+    return logprob, greedy

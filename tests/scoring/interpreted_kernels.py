@@ -86,6 +86,10 @@ def main():
             got, spread = kernel.linear_logprob(hidden, weight, targets, entropy=True, **size)
             found[f"{kind} {name}"] = error(got, logprobs)
             found[f"{kind} {name} entropy"] = error(spread, entropies)
+            largest = (hidden.double() @ weight.double().T).argmax(1)
+            for aim, expected in ((targets, targets == largest), (largest, torch.ones_like(targets, dtype=torch.bool))):
+                greedy = kernel.log_sums(hidden, weight, aim, **size).greedy()
+                found[f"{kind} {name} greedy {aim is largest}"] = 0.0 if torch.equal(greedy, expected) else 1e9
             # a column slice: rows that are not next to each other in memory
             strided = torch.cat([hidden, hidden], 1)[:, : hidden.shape[1]]
             found[f"{kind} {name} strided"] = error(kernel.linear_logprob(strided, weight, targets, **size), logprobs)

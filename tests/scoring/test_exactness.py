@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from slmfast.kernels import eager_logprob
-from slmfast.scoring import attention, cpu_layers, forward
+from slmfast.scoring import attention, cpu_layers, forward, head
 from slmfast.scoring.forward import continuation_logprobs
 from slmfast.scoring.packing import Group
 
@@ -98,14 +98,14 @@ def plain(model, groups, plain_logprobs):
 def recorded(monkeypatch):
     """The log-probabilities of single tokens, by group and number in the group, of all batches that ran."""
     found = {}
-    whole = forward.linear_logprob
+    whole = head.linear_logprob
 
     def run(model, weight, batch):
         logprobs = whole(batch.hidden(model), weight, batch.targets).double()
         for number, owner in enumerate(batch.continuations):
             assert owner not in found
             found[owner] = logprobs[batch.owners == number].numpy()
-        return [float(found[owner].sum()) for owner in batch.continuations]
+        return [(float(found[owner].sum()), False) for owner in batch.continuations]
 
     monkeypatch.setattr(forward, "_sums", run)
     return found

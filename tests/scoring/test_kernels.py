@@ -148,7 +148,7 @@ def child(script, **environment):
 def test_triton_equals_float64_in_the_interpreter():
     pytest.importorskip("triton", reason="no Triton on this platform")
     errors = child("interpreted_kernels.py", TRITON_INTERPRET="1")
-    assert len(errors) == 2 * (6 * 3 * 3 + 3) + 5
+    assert len(errors) == 2 * (6 * 3 * 5 + 3) + 5
     assert {case: error for case, error in errors.items() if error > 1} == {}
 
 
