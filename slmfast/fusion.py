@@ -24,6 +24,7 @@ from slmfast.model_folder import (
     write_companions,
     write_tensors,
 )
+from slmfast.reporting.model_card import write_fusion_card
 from slmfast.store import atomic_path, model_digest, write_json
 
 CARD = "fusion.json"
@@ -131,7 +132,7 @@ def fuse(
 
     Returns:
         The card, also written as `fusion.json`: parts with their weights, the type, and for a type other than
-        float32 `update_survival`.
+        float32 `update_survival`. README.md in the folder tells it in words.
 
     Raises:
         UserError: no models, one named twice, a bad weight, tensors whose names, shapes or values do not allow an
@@ -163,6 +164,7 @@ def fuse(
         write_tensors(folder / SINGLE, shapes, kind, _averages(weights, shares, kind, counter))
         card = _card(paths, shares, kind, counter)
         write_json(folder / CARD, card)
+        write_fusion_card(folder, paths, card)
     return card
 
 

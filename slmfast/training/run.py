@@ -2,6 +2,7 @@
 
 import errno
 import importlib.util
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from slmfast.errors import UserError
 from slmfast.model_folder import SINGLE, ModelWeights, check_model_folder, check_output, write_companions, write_tensors
+from slmfast.reporting.model_card import write_training_card
 from slmfast.scoring.head import head_weight
 from slmfast.scoring.loading import check_complete
 from slmfast.store import atomic_path, digest, model_digest, read_json, remove, remove_temporaries, write_json
@@ -115,7 +117,7 @@ def train(run: Run, method: str, make_objective: MakeObjective, models: dict[str
             trainer.add_callback(ShowProgress(method))
         found = checkpoint.latest(run.work_folder)
         trainer.train(resume_from_checkpoint=str(found) if found else None)
-        _export(run, model, masters, setup, trainer.history())
+        _export(run, model, masters, setup, trainer.history(), models)
     _clear_work(run)
     return run.output
 
@@ -323,9 +325,14 @@ def _positions(model: nn.Module, settings: TrainSettings) -> int:
 
 
 def _export(
-    run: Run, model: nn.Module, masters: SplitWeights | None, setup: Setup, history: list[dict[str, float]]
+    run: Run,
+    model: nn.Module,
+    masters: SplitWeights | None,
+    setup: Setup,
+    history: list[dict[str, float]],
+    models: dict[str, Path],
 ) -> None:
-    """Writes the complete model folder: fp32 weights, config, tokenizer, card and log."""
+    """Writes the complete model folder: fp32 weights, config, tokenizer, cards and log."""
     merge_adapters(model)
     parameters = dict(sorted(model.named_parameters()))
     card = {
@@ -348,6 +355,16 @@ def _export(
         write_tensors(folder / SINGLE, shapes, torch.float32, values)
         write_json(folder / LOG, history)
         write_json(folder / CARD, card)
+        write_training_card(
+            folder,
+            start=run.model,
+            reference=models.get("reference"),
+            weights=sum(math.prod(shape) for shape in shapes.values()),
+            data_digest=dataset_digest(run.dataset),
+            card=card,
+            history=history,
+            versions={"torch": torch.__version__, "transformers": transformers.__version__},
+        )
 
 
 @contextmanager
