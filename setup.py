@@ -30,6 +30,7 @@ setup(
         "slmfast.reporting",
         "slmfast.scoring",
         "slmfast.stages",
+        "slmfast.study",
         "slmfast.training",
     ],
     package_data={

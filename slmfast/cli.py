@@ -85,10 +85,38 @@ def _add_run(commands: argparse._SubParsersAction) -> None:
     run.add_argument("--run-dir", type=Path, help="where everything goes (default: runs/<recipe name>)")
     run.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe key")
     run.add_argument("--until", metavar="STAGE", help="stop after this stage")
+    _add_study(commands)
     status = commands.add_parser("status", help="which stages of a run are done")
     status.add_argument("run_dir", nargs="?", type=Path, default=Path("runs/miniature"))
     report = commands.add_parser("report", help="write a run's report again")
     report.add_argument("run_dir", nargs="?", type=Path, default=Path("runs/miniature"))
+
+
+def _add_study(commands: argparse._SubParsersAction) -> None:
+    study = commands.add_parser(
+        "study",
+        help="what the paper shows, over several seeds: base, SFT, KTO, both, fusions, learning rates",
+        description="Runs a recipe with several seeds, and makes and scores beside each run's five models other mixes "
+        "of S1, S2 and S3, and S1 at other learning rates. Ends with study.json, and report.html and report.md with "
+        "error bars. The stages before --vary-from are run once. Started again, it goes on.",
+    )
+    study.add_argument("recipe", nargs="?", type=Path, help="a YAML recipe; with none, the built-in miniature")
+    study.add_argument("--run-dir", type=Path, help="where everything goes (default: runs/<recipe name>-study)")
+    study.add_argument("--seeds", type=int, default=3, metavar="N", help="how many, from the recipe's on (default 3)")
+    study.add_argument(
+        "--rates",
+        nargs="*",
+        metavar="RATE[@SAMPLES]",
+        help="learning rates of SFT to compare, each with the samples of a step if not the recipe's; by default the "
+        "paper's 1e-6@300, 1e-7 and 5e-8, all times what makes the last one the recipe's; --rates alone compares none",
+    )
+    study.add_argument(
+        "--vary-from",
+        default="diversify",
+        metavar="STAGE",
+        help="the stage from which on each seed has its own: diversify (the default), regenerate, rate, align, train",
+    )
+    study.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe key")
 
 
 def _add_data_stages(commands: argparse._SubParsersAction) -> None:

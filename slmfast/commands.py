@@ -34,6 +34,36 @@ def run(arguments: Namespace) -> None:
         print(f"\nreport: {summary['report']}")
 
 
+def study(arguments: Namespace) -> None:
+    """Runs a recipe's study and shows its scores and what became of the paper's statements."""
+    from slmfast.study.plan import make_plan
+
+    recipe = load_recipe(arguments.recipe or MINIATURE, arguments.set)
+    plan = make_plan(recipe, seeds=arguments.seeds, rates=arguments.rates, vary_from=arguments.vary_from)
+    folder = (arguments.run_dir or Path("runs") / f"{recipe.name}-study").absolute()
+    from slmfast.study.run import run_study
+
+    given = [f"--seeds {arguments.seeds}", f"--vary-from {arguments.vary_from}"]
+    given += [] if arguments.rates is None else [" ".join(["--rates", *arguments.rates])]
+    found = run_study(plan, folder, " ".join(given))
+    print(f"\n{format_study(found)}\n\nreport: {found['report']}")
+
+
+def format_study(found: dict[str, Any]) -> str:
+    """A study's means over seeds in points with their standard errors, a row a model, and its statements."""
+    tasks = [*found["tasks"], "mean"]
+    lines = [f"{'model':<14}" + "".join(f"{task:>17}" for task in tasks)]
+    for model, means in found["means"].items():
+        cells = []
+        for task in tasks:
+            error = means[task]["stderr"]
+            cells.append(f"{100 * means[task]['value']:.1f}" + ("" if not error else f" ±{100 * error:.1f}"))
+        lines.append(f"{model:<14}" + "".join(f"{cell:>17}" for cell in cells))
+    for claim in found["claims"]:
+        lines += ["", f"{claim['statement']}: {'yes' if claim['holds'] else 'no'}. {claim['words']}"]
+    return "\n".join(lines)
+
+
 def status(arguments: Namespace) -> None:
     """Shows which stages of a run are done."""
     run_dir = arguments.run_dir

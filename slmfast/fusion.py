@@ -19,6 +19,7 @@ from torch import Tensor
 from slmfast.errors import UserError
 from slmfast.fusion_pieces import PIECE, Part, write_average
 from slmfast.model_folder import SINGLE, ModelWeights, check_output, check_same_tensors, write_companions
+from slmfast.reporting.model_card import write_fusion_card
 from slmfast.store import atomic_path, write_json
 
 CARD = "fusion.json"
@@ -126,7 +127,7 @@ def fuse(
 
     Returns:
         The card, also written as `fusion.json`: parts with their weights and a hash of their tensors, the type, and
-        for a type other than float32 `update_survival`.
+        for a type other than float32 `update_survival`. README.md in the folder tells it in words.
 
     Raises:
         UserError: no models, one named twice, a bad weight, tensors whose names, shapes or values do not allow an
@@ -148,6 +149,7 @@ def fuse(
             digests = write_average(parts, folder / SINGLE, kind, None if survival is None else survival.add)
             card = _card(parts, digests, kind, survival)
             write_json(folder / CARD, card)
+            write_fusion_card(folder, paths, card)
     return card
 
 

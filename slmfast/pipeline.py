@@ -7,6 +7,7 @@ the digests of what the stages before it wrote, so a changed setting re-runs jus
 import dataclasses
 import fcntl
 import importlib
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,15 +44,19 @@ def stage_module(name: str) -> ModuleType:
     return importlib.import_module(f"slmfast.stages.{name}")
 
 
-def run(recipe: Recipe, run_dir: Path, last: str | None = None) -> dict[str, Any]:
-    """Runs all stages that are not up to date, up to `last` if given, and returns what summary.json holds."""
+def run(recipe: Recipe, run_dir: Path, last: str | None = None, *, first: str = STAGES[0]) -> dict[str, Any]:
+    """Runs all stages that are not up to date, up to `last` if given, and returns what summary.json holds.
+
+    Those before `first`, which `link_stages` has brought in, are taken as they are.
+    """
     recipe.require_complete(last)
+    names = STAGES[STAGES.index(first) : STAGES.index(last) + 1 if last else None]
     check_later_stages(recipe, run_dir)
     if run_dir.exists() and not (run_dir / LOCK).exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
         raise UserError(f"{run_dir} holds other files: give a new folder with --run-dir")
     run_dir.mkdir(parents=True, exist_ok=True)
     with only_run(run_dir):
-        for folder in (run_dir / name for name in ("raw", *STAGES)):
+        for folder in (run_dir / name for name in ("raw", *names) if not (run_dir / name).is_symlink()):
             remove_temporaries(folder)
         for stale in run_dir.glob(f".*{TEMPORARY}"):
             remove(stale)
@@ -59,7 +64,7 @@ def run(recipe: Recipe, run_dir: Path, last: str | None = None) -> dict[str, Any
             temporary.write_text(dump_recipe(recipe), encoding="utf-8")
         _set_threads(recipe)
         _write_world(recipe, run_dir)
-        for name in STAGES[: STAGES.index(last) + 1 if last else None]:
+        for name in names:
             job = make_job(name, recipe, run_dir)
             if is_up_to_date(job):
                 remove(job.folder / WORK)  # a kill may have left it behind a finished manifest
@@ -73,6 +78,22 @@ def run(recipe: Recipe, run_dir: Path, last: str | None = None) -> dict[str, Any
             write_json(run_dir / SUMMARY, summary)
             return summary
     return {"stages": stage_table(run_dir, last)}
+
+
+def link_stages(source: Path, run_dir: Path, first: str) -> None:
+    """Makes a run's folder whose raw files and stages before `first` are another run's, by links."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / LOCK).touch()
+    for name in ("raw", *STAGES[: STAGES.index(first)]):
+        link, target = run_dir / name, Path(os.path.relpath(source / name, run_dir))
+        if link.is_symlink() and link.readlink() == target:
+            continue
+        remove(link)
+        if (source / name).exists():
+            link.symlink_to(target)
+    for name in STAGES[STAGES.index(first) :]:  # links of an earlier call that began later
+        if (run_dir / name).is_symlink():
+            remove(run_dir / name)
 
 
 def check_later_stages(recipe: Recipe, run_dir: Path) -> None:

@@ -26,6 +26,7 @@ from slmfast.errors import NO_ROOM, UserError
 WORK = ".work"
 MANIFEST = "manifest.json"
 DATA_CARD = "DATA_CARD.md"  # beside the final sets; like a manifest, no output that anything depends on
+MODEL_CARD = "README.md"  # in a model's folder; nothing depends on its words either
 TEMPORARY = ".tmp"  # the ending of a file or folder that is still being written
 
 ROWS_PER_SHARD = 65_536
@@ -303,14 +304,17 @@ def _file_digest(path: Path, size: int, modified: int, inode: int) -> str:
 
 
 def model_digest(folder: Path, *, weights: bool = True) -> str:
-    """A hash of all files of a model folder, or of all but its weights."""
+    """A hash of all files of a model folder but its card, or of all but card and weights."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+    files = [path for path in files if path.name != MODEL_CARD]
     files = [path for path in files if weights or path.suffix != ".safetensors"]
     return digest([[str(path.relative_to(folder)), file_digest(path)] for path in files])
 
 
 def output_digests(folder: Path) -> dict[str, str]:
     """The hash of every finished output below a stage's folder, by its relative path."""
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name not in (MANIFEST, DATA_CARD))
+    files = (
+        path for path in folder.rglob("*") if path.is_file() and path.name not in (MANIFEST, DATA_CARD, MODEL_CARD)
+    )
     relative = sorted(path.relative_to(folder) for path in files)
     return {str(path): file_digest(folder / path) for path in relative if not path.parts[0].startswith(".")}

@@ -15,5 +15,6 @@ provenance_section.py   deviations, settings, environment, how to do it again
 plots.py                matplotlib drawings as inline SVG that follows the page's colours
 html_page.py, page_style.py, markdown_page.py   a document as text
 data_card.py            what the final sets are made of, as Markdown beside them
+model_card.py           what a trained or fused model is, as README.md in its folder
 build.py                all sections of a run as one document
 """

@@ -24,6 +24,7 @@ WIDTH = 5.7  # inches: 410 px, which a phone shows almost in full size
 NAME_COLUMNS = 28  # a longer name is cut
 INCHES_A_COLUMN = 0.083  # of a name at FONT_SIZE
 FONT_SIZE = 11
+LEGEND_COLUMNS = 5
 SMOOTHED_POINTS = 60  # a longer curve gets a moving average over it
 
 # Stand-ins for the page's colours in what matplotlib writes.
@@ -74,14 +75,53 @@ def curves(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], x_labe
         return _svg(figure)
 
 
-def bars(names: Sequence[str], series: Mapping[str, Sequence[float]], x_label: str) -> str:
-    """Horizontal bars: for each name, from the top, one bar of every series."""
+def bands(
+    series: Mapping[str, tuple[Sequence[float], Sequence[float], Sequence[float]]],
+    x_label: str,
+    y_label: str,
+    ticks: Mapping[float, str] | None = None,
+) -> str:
+    """Lines of y over x by name, (x, y, error), each with a band of one error to both sides.
+
+    Args:
+        ticks: the places of a logarithmic x axis with their names, each marked on the lines; plain and unmarked if not
+            given.
+    """
+    with rc_context(_STYLE):
+        figure = _figure(2.9)
+        axes = figure.add_subplot()
+        for i, (name, (x, y, error)) in enumerate(series.items()):
+            colour = SERIES[(i + 1) % len(SERIES)]
+            middle, half = np.asarray(y, dtype=np.float64), np.asarray(error, dtype=np.float64)
+            axes.fill_between(x, middle - half, middle + half, color=colour, alpha=0.22, linewidth=0)
+            axes.plot(x, middle, color=colour, linewidth=1.6, marker="o" if ticks else None, markersize=4)
+            axes.plot([], [], color=colour, label=printable(name))
+        if ticks:
+            axes.set_xscale("log")
+            axes.set_xticks(list(ticks), list(ticks.values()))
+            axes.minorticks_off()
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        _legend(figure, axes, len(series))
+        return _svg(figure)
+
+
+def bars(
+    names: Sequence[str],
+    series: Mapping[str, Sequence[float]],
+    x_label: str,
+    errors: Mapping[str, Sequence[float]] | None = None,
+) -> str:
+    """Horizontal bars: for each name, from the top, one bar of every series, with its error to both sides if given."""
     with rc_context(_STYLE):
         thickness = 0.8 / len(series)
         figure, axes = _named_rows(names, 0.17 * len(series) + 0.12)
         for i, (label, values) in enumerate(series.items()):
             places = np.arange(len(names)) - 0.4 + thickness * (i + 0.5)
-            axes.barh(places, values, thickness * 0.92, color=SERIES[i], label=label)
+            colour = SERIES[i % len(SERIES)]
+            axes.barh(places, values, thickness * 0.92, color=colour, label=label)
+            if errors is not None:
+                axes.errorbar(values, places, xerr=errors[label], fmt="none", ecolor=INK, elinewidth=1.1, capsize=2)
         axes.set_xlabel(x_label)
         _legend(figure, axes, len(series))
         return _svg(figure)
@@ -154,7 +194,15 @@ def _legend(figure: Figure, axes: Axes, count: int) -> None:
         constrained = figure.get_layout_engine() is not None
         options = {"loc": "outside upper left"} if constrained else {"loc": "upper left", "bbox_to_anchor": (0.0, 1.0)}
         handles, labels = axes.get_legend_handles_labels()
-        figure.legend(handles, labels, ncols=count, columnspacing=1.2, handlelength=1.3, borderaxespad=0.2, **options)
+        figure.legend(
+            handles,
+            labels,
+            ncols=min(count, LEGEND_COLUMNS),
+            columnspacing=1.2,
+            handlelength=1.3,
+            borderaxespad=0.2,
+            **options,
+        )
 
 
 _FONT = re.compile(r"font: ([\d.]+)px [^;\"]*")

@@ -61,13 +61,14 @@ def provenance_section(run: RunFolder) -> Section:
             + [["judge, and perplexity", run.judge_name()]],
             text_columns=2,
         ),
-        Table("Environment of the report", ["what", "how it stands"], _environment(run), text_columns=2),
+        Table("Environment of the report", ["what", "how it stands"], environment(run), text_columns=2),
         Code("Settings: the whole recipe", recipe, folded=True),
     ]
     return Section("Settings and reproduction", blocks)
 
 
-def _environment(run: RunFolder) -> list[list[str]]:
+def environment(run: RunFolder) -> list[list[str]]:
+    """The rows of a table: versions, system, processor, and what this machine offers."""
     versions = {stage: run.manifest(stage).get("code_version") for stage in run.stages}
     used = sorted({version for version in versions.values() if version})
     rows = [["slmfast", f"{__version__} (stages written by {', '.join(used) or 'none'})"]]

@@ -18,7 +18,7 @@ INPUTS = ("train", "fuse")
 MODELS = ("base",)
 
 
-def _places(job: Job) -> tuple[str | None, str | None]:
+def places(job: Job) -> tuple[str | None, str | None]:
     """The folder of our own task files and the folder of their data, variables resolved."""
     settings, folders = job.settings, {"RUN": job.run_dir}
     tasks = None if settings.task_folder is None else expand(settings.task_folder, folders, "evaluate.task_folder")
@@ -27,7 +27,7 @@ def _places(job: Job) -> tuple[str | None, str | None]:
 
 def files(job: Job) -> dict[str, str]:
     """The digests of our own task files and of the data that they name: evaluate runs again when one changes."""
-    tasks, data = _places(job)
+    tasks, data = places(job)
     found = task_files(tasks, data)
     if job.settings.suite is not None and data is not None:
         from slmfast.evaluation.suite import local_files
@@ -45,7 +45,7 @@ def run(job: Job) -> Counts:
     models = {"base": job.model("base")}
     models |= {name: str(job.inputs["train"] / name) for name in TRAINED}
     models["fused"] = str(job.inputs["fuse"] / "fused")
-    tasks, data = _places(job)
+    tasks, data = places(job)
     folder = task_folder(tasks, data, job.work / "tasks")
     source = None if data is None else Path(data)
     print(f"evaluate: {described(settings, source)}", flush=True)

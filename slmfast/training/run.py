@@ -1,6 +1,7 @@
 """One training run from its arguments to a complete model folder: what SFT and KTO share."""
 
 import importlib.util
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from slmfast.errors import NO_ROOM, UserError
 from slmfast.model_folder import SINGLE, ModelWeights, check_model_folder, check_output, write_companions, write_tensors
+from slmfast.reporting.model_card import write_training_card
 from slmfast.scoring.head import head_weight
 from slmfast.scoring.loading import check_complete
 from slmfast.store import atomic_path, digest, model_digest, read_json, remove, remove_temporaries, write_json
@@ -118,7 +120,7 @@ def train(run: Run, method: str, make_objective: MakeObjective, models: dict[str
         if found:
             _tell_resumed(run, len(setup.order))
         trainer.train(resume_from_checkpoint=str(found) if found else None)
-        _export(run, model, masters, setup, trainer.history())
+        _export(run, model, masters, setup, trainer.history(), models)
     _clear_work(run)
     return run.output
 
@@ -340,9 +342,14 @@ def _positions(model: nn.Module, settings: TrainSettings) -> int:
 
 
 def _export(
-    run: Run, model: nn.Module, masters: SplitWeights | None, setup: Setup, history: list[dict[str, float]]
+    run: Run,
+    model: nn.Module,
+    masters: SplitWeights | None,
+    setup: Setup,
+    history: list[dict[str, float]],
+    models: dict[str, Path],
 ) -> None:
-    """Writes the complete model folder: fp32 weights, config, tokenizer, card and log."""
+    """Writes the complete model folder: fp32 weights, config, tokenizer, cards and log."""
     merge_adapters(model)
     parameters = dict(sorted(model.named_parameters()))
     card = {
@@ -365,6 +372,16 @@ def _export(
         write_tensors(folder / SINGLE, shapes, torch.float32, values)
         write_json(folder / LOG, history)
         write_json(folder / CARD, card)
+        write_training_card(
+            folder,
+            start=run.model,
+            reference=models.get("reference"),
+            weights=sum(math.prod(shape) for shape in shapes.values()),
+            data_digest=dataset_digest(run.dataset),
+            card=card,
+            history=history,
+            versions={"torch": torch.__version__, "transformers": transformers.__version__},
+        )
 
 
 @contextmanager
