@@ -206,11 +206,7 @@ def _add_model_stages(commands: argparse._SubParsersAction) -> None:
         "--set", action="append", default=[], metavar="KEY=VALUE", help=f"a training setting: {_training_keys()}"
     )
     _add_plan(commands)
-    fuse = commands.add_parser("fuse", help="a weighted average of models")
-    fuse.add_argument("models", nargs="+", metavar="MODEL=WEIGHT")
-    fuse.add_argument("-o", "--output", type=Path, required=True, help="the model folder to write")
-    fuse.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16 (default float32)")
-    fuse.add_argument("--base", help="the model before training: what share of its update another type keeps is told")
+    _add_fuse(commands)
     evaluate = commands.add_parser("evaluate", help="score models on lm-eval tasks")
     evaluate.add_argument("models", nargs="+", metavar="NAME=MODEL", help="model folders, named")
     evaluate.add_argument("--tasks", help="task names, separated by commas; of a suite, all unless given")
@@ -232,6 +228,31 @@ def _add_model_stages(commands: argparse._SubParsersAction) -> None:
         help="the JSON file to write; beside it go NAME.items, NAME.settings.json and, of several models, "
         "NAME.differences.json",
     )
+
+
+def _add_fuse(commands: argparse._SubParsersAction) -> None:
+    fuse = commands.add_parser(
+        "fuse",
+        help="a weighted average of models, of weights given or searched",
+        description="Averages models. With --search the weights are found: every point of a grid is scored on "
+        "development tasks, the best becomes the model, and all scores go to fusion_search.json in it. Give "
+        "--test-tasks too, and a development item that is one of theirs is refused.",
+    )
+    fuse.add_argument("models", nargs="+", metavar="MODEL=WEIGHT", help="with --search: model folders alone")
+    fuse.add_argument("-o", "--output", type=Path, required=True, help="the model folder to write")
+    fuse.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16 (default float32)")
+    fuse.add_argument("--base", help="the model before training: what share of its update another type keeps is told")
+    fuse.add_argument("--search", action="store_true", help="find the weights on development tasks")
+    fuse.add_argument("--step", type=float, help="of the grid of weights (default 0.25)")
+    fuse.add_argument("--tasks", help="development tasks, separated by commas")
+    fuse.add_argument("--task-folder", help="a folder of lm-eval task files")
+    fuse.add_argument("--data", help="what ${DATA} in these files stands for")
+    fuse.add_argument("--limit", type=int, help="items a task")
+    fuse.add_argument("--no-chat-template", action="store_true", help="put the bare text to the model")
+    fuse.add_argument("--run-generated-code", action="store_true", help="let HumanEval run what the models write")
+    fuse.add_argument("--test-tasks", help="the tasks that will judge the winner: no item may be theirs")
+    fuse.add_argument("--test-task-folder", help="their task files (default: --task-folder)")
+    fuse.add_argument("--test-data", help="what ${DATA} in these stands for (default: --data)")
 
 
 def _training_keys() -> str:

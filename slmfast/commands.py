@@ -265,9 +265,15 @@ def _setting(text: str) -> tuple[str, Any]:
 
 
 def fuse(arguments: Namespace) -> None:
-    """Averages models."""
+    """Averages models, by weights that are given or found."""
     from slmfast.fusion import fuse as fuse_models
 
+    if arguments.search:
+        _search_fusion(arguments)
+        return
+    for flag in ("step", "tasks", "test_tasks"):
+        if getattr(arguments, flag) is not None:
+            raise UserError(f"--{flag.replace('_', '-')}: only a search takes it, add --search")
     weights = {}
     for text in arguments.models:
         model, _, weight = text.rpartition("=")
@@ -282,6 +288,57 @@ def fuse(arguments: Namespace) -> None:
     with only_writer(arguments.output.absolute()):
         fuse_models(weights, arguments.output, dtype=arguments.dtype, base=arguments.base)
     print(f"fused model: {arguments.output}")
+
+
+def _search_fusion(arguments: Namespace) -> None:
+    from slmfast.fusion_search import SEARCH, search
+
+    if arguments.tasks is None:
+        raise UserError("--tasks is missing: name the development tasks that choose the weights")
+    if arguments.dtype != "float32" or arguments.base is not None:
+        raise UserError("--dtype and --base: a search writes float32; fuse its winner's weights again for another type")
+    for model in arguments.models:
+        if "=" in model and not Path(model).exists():
+            raise UserError(f"{model}: a search finds the weights, name the model folder alone")
+    development = Evaluate(
+        tasks=arguments.tasks.split(","),
+        task_folder=arguments.task_folder,
+        data=arguments.data,
+        limit=arguments.limit,
+        chat_template=not arguments.no_chat_template,
+        run_generated_code=arguments.run_generated_code,
+    )
+    test = None
+    if arguments.test_tasks is None:
+        print("fuse --search: no --test-tasks, so nobody checks that these are not the items that will judge")
+    else:
+        test = Evaluate(
+            tasks=arguments.test_tasks.split(","),
+            task_folder=arguments.test_task_folder or arguments.task_folder,
+            data=arguments.test_data or arguments.data,
+            run_generated_code=True,  # only its questions are read
+        )
+    step = 0.25 if arguments.step is None else arguments.step
+    found = search(arguments.models, arguments.output, development, step=step, test=test)
+    print(format_search(found))
+    print(f"fused model: {arguments.output}, all scores: {arguments.output / SEARCH}")
+
+
+def format_search(found: dict[str, Any]) -> str:
+    """A search's points, best first, in percent with standard errors, and the winner's lead."""
+    names = [Path(model).name for model in found["models"]]
+    lines = ["".join(f"{name:>12}" for name in names) + f"{'score':>15}"]
+    for point in sorted(found["points"], key=lambda point: -point["value"]):
+        error = "" if point["stderr"] is None else f" ±{100 * point['stderr']:.1f}"
+        weights = "".join(f"{weight:>12g}" for weight in point["weights"])
+        score = f"{100 * point['value']:.1f}{error}"
+        lines.append(f"{weights}{score:>15}")
+    winner = found["winner"]
+    error = "" if winner["lead_stderr"] is None else f" ±{100 * winner['lead_stderr']:.1f}"
+    lines.append(
+        f"lead over the best single model, {Path(winner['best_single']).name}: {100 * winner['lead']:.1f}{error}"
+    )
+    return "\n".join(lines)
 
 
 def evaluate(arguments: Namespace) -> None:

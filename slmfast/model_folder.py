@@ -23,7 +23,14 @@ INDEX = "model.safetensors.index.json"
 TIED_HEAD = "lm_head.weight"
 TIED_EMBEDDING = "model.embed_tokens.weight"
 NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".index.json", ".py", ".md", ".gguf", ".h5", ".msgpack", ".onnx")
-NOT_COPIED_NAMES = {"config.json", "training.json", "training_log.json", "fusion.json", "scores.json"}
+NOT_COPIED_NAMES = {
+    "config.json",
+    "training.json",
+    "training_log.json",
+    "fusion.json",
+    "fusion_search.json",
+    "scores.json",
+}
 
 # The safetensors format's names of the element types that are written here.
 TYPE_NAMES = {
