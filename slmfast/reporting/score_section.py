@@ -49,7 +49,7 @@ def read_scores(run: RunFolder) -> tuple[Scores, list[str]]:
     found: Scores = run.json("evaluate", "scores.json") or {}
     models = [model for model in MODELS if model in found] + sorted(set(found) - set(MODELS))
     answered = {task for scores in found.values() for task in scores}
-    tasks = [task for task in run.recipe.evaluate.tasks if task in answered]
+    tasks = [task for task in run.recipe.evaluate.names if task in answered]
     return {model: found[model] for model in models}, tasks + sorted(answered - set(tasks))
 
 

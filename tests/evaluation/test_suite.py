@@ -44,7 +44,7 @@ def data(tmp_path):
     tasks = [
         {
             "task_id": f"HumanEval/{i}",
-            "prompt": f"def f{i}(x):\n",
+            "prompt": f'def f{i}(x):\n    """The same."""\n',
             "entry_point": f"f{i}",
             "canonical_solution": "    return x\n",
             "test": "def check(candidate):\n    assert candidate(1) == 1\n",
