@@ -56,6 +56,7 @@ class Fuzzer:
             self.fingerprint_array()
             self.cluster_arrays()
             self.stored_spans()
+            self.literal_rules()
 
     def threads(self) -> int:
         """Mostly one: under AddressSanitizer a thread costs a millisecond."""
@@ -117,6 +118,24 @@ class Fuzzer:
         assert not good or normal is None or expected is None or normal == expected, data
         column = _native.Texts([whole_chunk(self.rng, [b"", data])])
         self.attempt(lambda: _native.fingerprints(column, self.rng.random() < 0.5, 3, 1), good)
+
+    def literal_rules(self) -> None:
+        """Rules of literals that overlap and repeat, against plain search; empty ones are refused."""
+        letters = self.rng.choice([b"ab", b"abc\0", "的一是ab".encode(), bytes(range(256))])
+        piece = lambda least: bytes(self.rng.choices(letters, k=self.rng.randint(least, 6)))  # noqa: E731
+        few = lambda most, make: [make() for _ in range(self.rng.randint(1, most))]  # noqa: E731
+        least = 0 if self.rng.random() < 0.05 else 1
+        rules = few(6, lambda: few(3, lambda: few(3, lambda: few(3, lambda: piece(least)))))
+        good = all(literal for rule in rules for clauses in rule for clause in clauses for literal in clause)
+        texts = [b"".join(few(8, lambda: piece(0))) for _ in range(self.rng.randrange(8))]
+        self.inputs["sets of rules"] += 1
+        found = self.attempt(lambda: _native.LiteralFilter(rules), good)
+        if found is None:
+            return
+        offsets, numbers = found.candidates(_native.Texts([whole_chunk(self.rng, texts)]))
+        for row, text in enumerate(texts):
+            holds = [any(all(any(b in text for b in c) for c in clauses) for clauses in rule) for rule in rules]
+            assert numbers[offsets[row] : offsets[row + 1]].tolist() == np.flatnonzero(holds).tolist(), (rules, text)
 
     def attempt(self, call: Callable[[], object], good: bool) -> object:
         try:
