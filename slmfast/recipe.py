@@ -285,6 +285,10 @@ class Recipe:
         given = getattr(self.engines, self.engine_role(role)) or EngineSettings()
         if settings.kind not in HTTP:
             _require(given.base_url is None, f"{key}.kind", f"say {' or '.join(HTTP)}, or name no base_url")
+            for name in given.of_servers():
+                _require(
+                    False, f"{key}.{name}", f"leave it out, or say kind {' or '.join(HTTP)}: only a server heeds it"
+                )
             return
         _require(settings.base_url is not None, f"{key}.base_url", "name the server, such as http://127.0.0.1:8000/v1")
         builtin = (getattr(self.models, role) or self.models.large).startswith("builtin:")
@@ -346,7 +350,7 @@ def _override(raw: dict[str, Any], override: str) -> None:
     try:
         raw[last] = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise UserError(f"--set {override}: the value is not YAML") from error
+        raise UserError(f"--set {key}: the value is not YAML") from error
 
 
 def build(kind: Any, value: Any, key: str) -> Any:
@@ -366,7 +370,8 @@ def build(kind: Any, value: Any, key: str) -> Any:
         return _build_dataclass(kind, value, key)
     if kind is float and isinstance(value, str | int) and not isinstance(value, bool):
         return _number(value, key)  # YAML 1.1 reads 5e-8 as text
-    _require(type(value) is kind, key, f"give {_NAMES[kind]}, not {value!r}")
+    shown = "something else" if key.endswith("api_key") else repr(value)
+    _require(type(value) is kind, key, f"give {_NAMES[kind]}, not {shown}")
     return value
 
 

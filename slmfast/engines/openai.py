@@ -82,14 +82,14 @@ class OpenAIEngine:
     def window(self) -> int:
         """The most tokens that a prompt and its reply may have together, the same over a restart.
 
-        The recipe's word, or the smaller of what the model's configuration and the server (vLLM's `max_model_len`)
-        say. The server is asked for it, and so whether it is there, at first.
+        The recipe's word or, where it says none, the smaller of what the model's configuration and the server (vLLM's
+        `max_model_len`) say.
         """
         known = self._in_thread(self.store.figure, "window")
         if known is None:
-            limits = [self.settings.window] if self.settings.window else [self._configured_window()]
-            served = self._wait(self._served_window())
-            known = min(limits + ([served] if served and not self.settings.window else []))
+            known = self.settings.window or self._configured_window()
+            if not self.settings.window and (served := self._wait(self._served_window())):
+                known = min(known, served)
             self._in_thread(self.store.set_figure, "window", known)
         return known
 

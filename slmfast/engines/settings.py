@@ -1,8 +1,9 @@
 """How a role's engine is set up in a recipe: its kind and, for a server, where it is and how it is asked."""
 
+import json
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from slmfast.errors import UserError
@@ -37,7 +38,7 @@ class EngineSettings:
     def __post_init__(self) -> None:
         _require(self.kind in (None, *ENGINES), "kind", f"use {' or '.join(ENGINES)}")
         url = self.base_url
-        _require(url is None or re.fullmatch(r"https?://[^\s@]+", url) is not None, "base_url", _URL_REMEDY)
+        _require(url is None or re.fullmatch(r"https?://[^\s@?#]+", url) is not None, "base_url", _URL_REMEDY)
         # A key that was pasted here would end in recipe.yaml, so it is refused, and never repeated.
         named = self.api_key is None or re.fullmatch(r"[A-Z][A-Z0-9_]*", self.api_key) is not None
         _require(named, "api_key", "name the environment variable that holds the key (A-Z, 0-9, _), not the key itself")
@@ -46,11 +47,32 @@ class EngineSettings:
         _require(self.tries > 0, "tries", "give a positive number")
         _require(self.backoff >= 0, "backoff", "give zero or more seconds")
         _require(self.window is None or self.window > 1, "window", "give at least 2 tokens")
+        named = _secret_names(self.extra)
+        _require(
+            not named, f"extra.{named[0] if named else ''}", "name a key's environment variable in api_key instead"
+        )
         ours = sorted(set(self.extra) & set(_OURS))
         _require(not ours, f"extra.{ours[0] if ours else ''}", "leave it out: the stage's own settings give it")
 
+    def of_servers(self) -> list[str]:
+        """The keys that are set otherwise than by default and that only a server heeds."""
+        plain = EngineSettings()
+        names = (f.name for f in fields(self) if f.name != "kind")
+        return [name for name in names if getattr(self, name) != getattr(plain, name)]
 
-_URL_REMEDY = "give the server's address, such as http://127.0.0.1:8000/v1, without a user or password"
+
+_URL_REMEDY = "give the server's address, such as http://127.0.0.1:8000/v1, without a user, password or query"
+_SECRETS = re.compile(r"(^|[_-])(api[_-]?key|key|secret|password|authorization|(access|auth|bearer)[_-]token)$", re.I)
+
+
+def _secret_names(value: Any) -> list[str]:
+    """The keys, at any depth, whose names say that their values are secrets."""
+    if isinstance(value, list):
+        return [name for item in value for name in _secret_names(item)]
+    if not isinstance(value, dict):
+        return []
+    own = [str(name) for name in value if _SECRETS.search(str(name))]
+    return own + [name for item in value.values() for name in _secret_names(item)]
 
 
 def secret(settings: EngineSettings, key: str) -> str | None:
@@ -64,6 +86,10 @@ def secret(settings: EngineSettings, key: str) -> str | None:
         return None
     value = os.environ.get(name, "").strip()
     _require(bool(value), f"recipe key {key}.api_key", f"the environment variable {name} is not set: put the key there")
+    written = len(value) >= 8 and (
+        value in json.dumps(settings.extra, ensure_ascii=False) or value in str(settings.base_url)
+    )
+    _require(not written, f"recipe section {key}", f"the key in {name} stands in extra or base_url: take it out there")
     return value
 
 
