@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 PACKAGES = ("torch", "transformers", "triton", "trl", "bitsandbytes", "lm-eval", "pyarrow", "numba", "datasets")
 OPTIONAL = {
+    "vllm": "engines of kind vllm need it; pip install vllm on a CUDA machine adds it",
     "flash-attn": "attention falls back to torch's own; pip install slmfast[cuda] on a CUDA machine adds it",
 }
 

@@ -8,7 +8,9 @@ from typing import Any
 
 from slmfast.errors import UserError
 
-ENGINES = ("local", "openai")
+ENGINES = ("local", "openai", "vllm")
+DTYPES = ("float32", "bfloat16")
+_HEEDED = {"vllm": ("dtype", "window", "extra")}
 HTTP = ("openai",)  # kinds that ask a server: of the model they need the tokenizer alone
 
 _OURS = ("messages", "model", "prompt", "max_tokens", "temperature", "top_p", "seed", "n", "stream", "echo", "logprobs")
@@ -21,9 +23,13 @@ def _require(condition: bool, key: str, remedy: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSettings:
-    """One role's engine. All keys but `kind` are for `openai`, a server that speaks OpenAI's protocol."""
+    """One role's engine. All keys but `kind` are for `openai`, a server that speaks OpenAI's protocol.
 
-    kind: str | None = None  # local or openai; models.engine unless given
+    `vllm`, in this process, heeds `dtype`, `window` and `extra`, which goes to vllm.LLM.
+    """
+
+    kind: str | None = None  # local, openai or vllm; models.engine unless given
+    dtype: str = "bfloat16"  # of vllm's weights and activations: float32 or bfloat16
     base_url: str | None = None  # of the server, such as http://127.0.0.1:8000/v1
     model: str | None = None  # the name that the server knows it by; the role's own in `models` unless given
     tokenizer: str | None = None  # folder or hub name of its tokenizer; the role's model unless given
@@ -42,6 +48,7 @@ class EngineSettings:
         # A key that was pasted here would end in recipe.yaml, so it is refused, and never repeated.
         named = self.api_key is None or re.fullmatch(r"[A-Z][A-Z0-9_]*", self.api_key) is not None
         _require(named, "api_key", "name the environment variable that holds the key (A-Z, 0-9, _), not the key itself")
+        _require(self.dtype in DTYPES, "dtype", f"use {' or '.join(DTYPES)}")
         _require(self.concurrency > 0, "concurrency", "give a positive number of requests")
         _require(self.timeout > 0, "timeout", "give a positive number of seconds")
         _require(self.tries > 0, "tries", "give a positive number")
@@ -54,10 +61,12 @@ class EngineSettings:
         ours = sorted(set(self.extra) & set(_OURS))
         _require(not ours, f"extra.{ours[0] if ours else ''}", "leave it out: the stage's own settings give it")
 
-    def of_servers(self) -> list[str]:
-        """The keys that are set otherwise than by default and that only a server heeds."""
-        plain = EngineSettings()
-        names = (f.name for f in fields(self) if f.name != "kind")
+    def unheeded(self, kind: str) -> list[str]:
+        """The keys that are set otherwise than by default and that an engine of a kind does not heed."""
+        plain, heeded = EngineSettings(), {"kind", *_HEEDED.get(kind, ())}
+        if kind in HTTP:
+            heeded = {f.name for f in fields(self)} - {"dtype"}
+        names = (f.name for f in fields(self) if f.name not in heeded)
         return [name for name in names if getattr(self, name) != getattr(plain, name)]
 
 

@@ -245,7 +245,7 @@ def test_the_next_units_are_begun_before_one_is_due():
     ("overrides", "message"),
     [
         (["models.engine=openai"], r"key engines\.large\.base_url: name the server"),
-        (["engines.large.kind=magic"], r"section engines\.large: kind: use local or openai"),
+        (["engines.large.kind=magic"], r"section engines\.large: kind: use local or openai or vllm"),
         (["engines.large.base_url=http://x/v1"], r"engines\.large\.kind: say openai"),
         (["engines.large={kind: openai, base_url: 'http://x'}"], r"engines\.large\.model: give the name"),
         (["engines.large={kind: openai, base_url: 'http://x', model: m}"], r"engines\.large\.tokenizer: give its"),
@@ -261,9 +261,9 @@ def test_the_next_units_are_begun_before_one_is_due():
         ),
         (
             ["engines.small={kind: local, concurrency: 3}"],
-            r"engines\.small\.concurrency: leave it out, or say kind openai",
+            r"engines\.small\.concurrency: leave it out: an engine of kind local",
         ),
-        (["engines.small={timeout: 3}"], r"engines\.small\.timeout: leave it out, or say kind openai"),
+        (["engines.small={timeout: 3}"], r"engines\.small\.timeout: leave it out: an engine of kind local"),
         (["engines.small.api_key=sk-123abc"], r"engines\.small: api_key: name the environment variable"),
         (["engines.small.concurrency=0"], r"engines\.small: concurrency: give a positive"),
         (["engines.small.timeout=0"], r"engines\.small: timeout: give a positive"),
