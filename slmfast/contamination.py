@@ -145,7 +145,7 @@ class Index:
 
     def __init__(self, items: Sequence[Item]):
         self.items = items
-        self._exact: dict[int, int] = {}
+        self._exact: dict[int, dict[str, int]] = {}  # by a text's hash the first such item of each benchmark
         grams, owners = [], []
         start = 0
         for chunk in chunks(item.whole for item in items):
@@ -164,7 +164,7 @@ class Index:
         empty = np.diff(found.starts) == 0
         for i, value in enumerate(text_hashes(found).tolist()):
             if not empty[i]:
-                self._exact.setdefault(value, start + i)
+                self._exact.setdefault(value, {}).setdefault(self.items[start + i].benchmark, start + i)
 
     def _index_grams(self, hashes: np.ndarray, owners: np.ndarray) -> None:
         """Sorts the (gram, item) pairs, each once, without the grams that too many items of one benchmark share."""
@@ -216,13 +216,13 @@ class Index:
                     hit = Hit(text, self.items[item], OVERLAP, share, " ".join(passage))
                     hits[text, hit.item.benchmark] = hit
         for text, value in enumerate(text_hashes(found).tolist()):
-            item = self._exact.get(value)
-            if item is None or found.starts[text] == found.starts[text + 1]:
+            same = self._exact.get(value)
+            if same is None or found.starts[text] == found.starts[text + 1]:
                 continue
-            whole = self.items[item]
             words = tokens(texts[text])
-            if words in (tokens(whole.question), tokens(whole.whole)):
-                hits[text, whole.benchmark] = Hit(text, whole, EXACT, 1.0, " ".join(words))
+            for item in (self.items[number] for number in same.values()):
+                if words in (tokens(item.question), tokens(item.whole)):
+                    hits[text, item.benchmark] = Hit(text, item, EXACT, 1.0, " ".join(words))
         return list(hits.values())
 
     def _shared(self, found: Tokens) -> dict[int, dict[int, list[int]]]:

@@ -10,6 +10,7 @@ from slmfast.sandbox import why_no_sandbox
 
 PACKAGES = ("torch", "transformers", "triton", "trl", "bitsandbytes", "lm-eval", "pyarrow", "numba", "datasets")
 OPTIONAL = {
+    "vllm": "engines of kind vllm need it; pip install vllm on a CUDA machine adds it",
     "flash-attn": "attention falls back to torch's own; pip install slmfast[cuda] on a CUDA machine adds it",
 }
 

@@ -173,8 +173,10 @@ def job_key(job: Job) -> str:
 def _model_identity(job: Job, role: str) -> list[Any]:
     """What a role's replies depend on: of a server not its address, nor how often or how fast it is asked."""
     engine, folder = job.recipe.engine(role), Path(job.model(role))
-    if engine.kind not in HTTP:
+    if engine.kind == "local":
         return [engine.kind, model_digest(folder)]
+    if engine.kind not in HTTP:
+        return [engine.kind, model_digest(folder), engine.dtype, engine.window, engine.extra]
     return [engine.kind, model_digest(folder, weights=False), engine.model, engine.window, engine.extra]
 
 

@@ -67,7 +67,7 @@ class Models:
     large: str = "builtin:large"  # writes the large replies and the labels
     small: str = "builtin:small"  # writes the small replies
     judge: str | None = None  # rates replies; the large model unless named
-    engine: str = "local"  # who runs them where `engines` says nothing else: local (transformers) or openai (a server)
+    engine: str = "local"  # who runs them where `engines` says nothing else: local, vllm, or openai (a server)
 
     def __post_init__(self) -> None:
         _require(self.engine in ENGINES, "models.engine", f"use {' or '.join(ENGINES)}")
@@ -296,7 +296,7 @@ class Recipe:
         name = getattr(self.models, role) or self.models.large
         kind = given.kind or self.models.engine
         if kind not in HTTP:
-            return EngineSettings(kind=kind)
+            return dataclasses.replace(given, kind=kind)
         return dataclasses.replace(given, kind=kind, model=given.model or name, tokenizer=given.tokenizer or name)
 
     def model_name(self, role: str) -> str:
@@ -315,6 +315,9 @@ class Recipe:
         given = getattr(self.engines, self.engine_role(role)) or EngineSettings()
         if settings.kind not in HTTP:
             _require(given.base_url is None, f"{key}.kind", f"say {' or '.join(HTTP)}, or name no base_url")
+        for name in given.unheeded(settings.kind):
+            _require(False, f"{key}.{name}", f"leave it out: an engine of kind {settings.kind} does not heed it")
+        if settings.kind not in HTTP:
             return
         _require(settings.base_url is not None, f"{key}.base_url", "name the server, such as http://127.0.0.1:8000/v1")
         builtin = (getattr(self.models, role) or self.models.large).startswith("builtin:")
@@ -376,7 +379,7 @@ def _override(raw: dict[str, Any], override: str) -> None:
     try:
         raw[last] = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise UserError(f"--set {override}: the value is not YAML") from error
+        raise UserError(f"--set {key}: the value is not YAML") from error
 
 
 def build(kind: Any, value: Any, key: str) -> Any:
@@ -396,7 +399,8 @@ def build(kind: Any, value: Any, key: str) -> Any:
         return _build_dataclass(kind, value, key)
     if kind is float and isinstance(value, str | int) and not isinstance(value, bool):
         return _number(value, key)  # YAML 1.1 reads 5e-8 as text
-    _require(type(value) is kind, key, f"give {_NAMES[kind]}, not {value!r}")
+    shown = "something else" if key.endswith("api_key") else repr(value)
+    _require(type(value) is kind, key, f"give {_NAMES[kind]}, not {shown}")
     return value
 
 

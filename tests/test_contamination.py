@@ -124,6 +124,14 @@ def test_a_short_item_counts_only_as_a_whole():
     assert [(hit.text, hit.how, hit.share) for hit in index.find(texts)] == [(0, EXACT, 1.0), (1, EXACT, 1.0)]
 
 
+def test_a_whole_item_of_several_benchmarks_is_one_of_each():
+    items = [
+        Item(name, f"{name}:{n}", "What is a cat?", "What is a cat?") for n in (1, 2) for name in ("mmlu", "ceval")
+    ]
+    hits = list(Index(items).find(["Nothing.", "what is a CAT"]))
+    assert [(hit.text, hit.item.place, hit.how) for hit in hits] == [(1, "ceval:1", EXACT), (1, "mmlu:1", EXACT)]
+
+
 def test_what_many_items_of_a_benchmark_share_is_nobodys():
     stem = " ".join(f"stem{i}" for i in range(GRAM))
     shared = [Item("many", f"f:{i}", *[f"{stem} end{i}"] * 2) for i in range(11)]

@@ -58,7 +58,7 @@ class Judge:
         self.calls_left -= 1
         if self.calls_left < 0:
             raise KeyboardInterrupt
-        assert all(list(choice) == ["yes", "no"] for choice in choices) and self.token_budget == 7
+        assert all(list(choice) == ["yes", "no"] for choice in choices) and self.token_budget in (7, 3)
         self.asked += [prompt[0]["content"] for prompt in prompts]
         return [self._answer(prompt[0]["content"]) for prompt in prompts]
 
@@ -165,6 +165,21 @@ def test_a_broken_audit_goes_on_where_it_was(folder, judge, monkeypatch):
     judge.calls_left = 99
     assert run(make(folder))["outputs"] == wanted
     assert len(judge.asked) == len(set(judge.asked)) == 32
+
+
+def test_where_memory_ran_short_the_unit_is_judged_again_with_the_smaller_budget(folder, judge, monkeypatch):
+    """And a restart goes on with that one, so that a broken run gives the same scores."""
+    answer = judge.choose
+
+    def short(prompts, choices):
+        found = answer(prompts, choices)
+        judge.token_budget = 3
+        return found
+
+    monkeypatch.setattr(judge, "choose", short)
+    audit = run(make(folder))["notes"]["audit"]
+    assert (audit["token_budget"], audit["out_of_memory"]) == (3, 1)
+    assert len(judge.asked) == 2 * 32 and len(set(judge.asked)) == 32
 
 
 def test_nothing_left_is_a_user_error(folder, judge):

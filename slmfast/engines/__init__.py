@@ -24,6 +24,10 @@ def open_engine(engine: str | EngineSettings, model: str | Path, **settings: Any
         from slmfast.engines.openai import OpenAIEngine
 
         return OpenAIEngine(engine, model, **settings)
+    if isinstance(engine, EngineSettings) and engine.kind == "vllm":
+        from slmfast.engines.vllm import VllmEngine
+
+        return VllmEngine(engine, model, key=settings["key"])
     kind, own = (engine.kind, {}) if isinstance(engine, EngineSettings) else (engine, settings)
     if kind not in ENGINES:
         raise UserError(f"engine {kind!r} is unknown: use {' or '.join(ENGINES)}")

@@ -1,6 +1,8 @@
 """What every engine serves, whoever runs the model."""
 
+import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -46,6 +48,19 @@ class Generation:
 def describe_parameters(**parameters: Any) -> str:
     """Parameters of a generation in JSON, the same text for the same values."""
     return json.dumps(parameters, ensure_ascii=False, sort_keys=True)
+
+
+def request_seeds(prompts: Sequence[Prompt], seed: int) -> list[int]:
+    """A seed of 31 bits for each prompt, made of `seed`, the prompt, and how many equal ones come before it."""
+    seen: Counter[str] = Counter()
+    seeds = []
+    for prompt in prompts:
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        text = json.dumps(messages, sort_keys=True, ensure_ascii=False)
+        drawn = hashlib.blake2b(json.dumps([seed, text, seen[text]], sort_keys=True).encode(), digest_size=16).digest()
+        seeds.append(int.from_bytes(drawn[:4], "little") >> 1)
+        seen[text] += 1
+    return seeds
 
 
 def by_frequency(counts: Mapping[str, int]) -> dict[str, int]:

@@ -12,7 +12,6 @@ import asyncio
 import hashlib
 import json
 import math
-from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import wait
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 from transformers import AutoConfig
 
-from slmfast.engines.base import Generation, Prompt, describe_parameters
+from slmfast.engines.base import Generation, Prompt, describe_parameters, request_seeds
 from slmfast.engines.decoding import Sampling
 from slmfast.engines.http_client import HttpClient, NoReply, Refused, Unreadable
 from slmfast.engines.reply_store import REFUSED, ReplyStore, StoredReply
@@ -82,14 +81,14 @@ class OpenAIEngine:
     def window(self) -> int:
         """The most tokens that a prompt and its reply may have together, the same over a restart.
 
-        The recipe's word, or the smaller of what the model's configuration and the server (vLLM's `max_model_len`)
-        say. The server is asked for it, and so whether it is there, at first.
+        The recipe's word or, where it says none, the smaller of what the model's configuration and the server (vLLM's
+        `max_model_len`) say.
         """
         known = self._in_thread(self.store.figure, "window")
         if known is None:
-            limits = [self.settings.window] if self.settings.window else [self._configured_window()]
-            served = self._wait(self._served_window())
-            known = min(limits + ([served] if served and not self.settings.window else []))
+            known = self.settings.window or self._configured_window()
+            if not self.settings.window and (served := self._wait(self._served_window())):
+                known = min(known, served)
             self._in_thread(self.store.set_figure, "window", known)
         return known
 
@@ -154,13 +153,11 @@ class OpenAIEngine:
         Sampling(temperature=temperature, top_p=top_p, seed=seed)  # checks them
         common = {"model": self.settings.model, "max_tokens": max_new_tokens, "temperature": temperature}
         common |= {"top_p": top_p} | self.settings.extra
-        seen: Counter[str] = Counter()
+        listed = listed_prompts(prompts)
         requests = []
-        for i, prompt in enumerate(listed_prompts(prompts)):
+        for i, (prompt, own_seed) in enumerate(zip(listed, request_seeds(listed, seed), strict=True)):
             messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-            text = check_text(f"prompt {i}", json.dumps(messages, sort_keys=True, ensure_ascii=False))
-            own_seed = int.from_bytes(_hash([seed, text, seen[text]])[:4], "little") >> 1  # servers take 31 bits
-            seen[text] += 1
+            check_text(f"prompt {i}", json.dumps(messages, sort_keys=True, ensure_ascii=False))
             body = common | {"messages": messages, "seed": own_seed}
             requests.append(self._request("/chat/completions", body, self._chat_reader(own_seed)))
         return requests

@@ -22,11 +22,10 @@ from slmfast.store import (
     atomic_path,
     count_rows,
     read_batches,
-    read_json,
     read_table,
     table_schema,
-    write_json,
 )
+from slmfast.token_budget import TokenBudget
 
 INPUTS = ("classify",)
 MODELS: tuple[str, ...] = ()  # but see `models`
@@ -106,13 +105,13 @@ def _audit(
         hashes = seeded_hashes(_texts(ids), job.recipe.seed, "label audit")
         _write_sample(source, label_audit.sample(codes, hashes, job.settings.audit), asked)
     with job.engine("judge") as engine:
-        _fix_token_budget(part, engine)
+        budget = TokenBudget(part.folder, engine)
         run_units(
             part,
             asked,
             label_audit.COLUMNS,
             AUDIT_ROWS,
-            lambda rows, _: (label_audit.judge_labels(engine, rows), []),
+            lambda rows, _: (budget.keep(label_audit.judge_labels, rows), []),
             engines=[engine],
         )
     judged = read_table(part.table("records"), [*table_schema(source).names, "agrees", "yes_probability"]).to_pylist()
@@ -128,6 +127,7 @@ def _audit(
         "denied": sum(found.denied for found in standing),
         "unreadable": sum(found.unreadable for found in standing),
         "labels": len(standing),
+        **budget.notes,
         "failed": {found.label: [found.records, found.agreed, found.denied] for found in failed},
     }
     number = {label: code for code, label in enumerate(labels)}
@@ -140,15 +140,6 @@ def _write_sample(source: Path, chosen: np.ndarray, folder: Path) -> None:
         for batch in read_batches(source):
             writer.write(batch.filter(pa.array(chosen[start : start + batch.num_rows])))
             start += batch.num_rows
-
-
-def _fix_token_budget(part: Job, engine: Any) -> None:
-    """Judges with the budget of the first start, so that a restart with other memory gives the same scores."""
-    path = part.folder / "token_budget.json"
-    if path.exists():
-        engine.token_budget = read_json(path)
-    else:
-        write_json(path, engine.fix_token_budget())
 
 
 def _note(job: Job, labels: list[str], before: np.ndarray, after: np.ndarray) -> None:

@@ -4,7 +4,6 @@ The judge decodes nothing: its answer is the choice of the highest log-probabili
 it can't read (an empty reply, a text over its window, one that its server refuses) is rated null.
 """
 
-from collections.abc import Callable
 from itertools import islice
 from typing import Any
 
@@ -15,7 +14,8 @@ from slmfast.engines.base import Engine
 from slmfast.job import Counts, Job, run_units, unit_counts
 from slmfast.prompts import QUALITY_CHOICES, YES_NO, instruction_safety_prompt, quality_prompt, reply_safety_prompt
 from slmfast.records import prompt_text
-from slmfast.store import read_batches, read_json, write_json
+from slmfast.store import read_batches
+from slmfast.token_budget import TokenBudget
 
 INPUTS = ("regenerate",)
 MODELS = ("judge",)
@@ -39,7 +39,7 @@ def run(job: Job) -> Counts:
     """Adds `instruction_safe` and `ratings`."""
     source = job.input("regenerate")
     with job.engine("judge") as engine:
-        budget = TokenBudget(job, engine)
+        budget = TokenBudget(job.work, engine, job.settings.token_budget)
         run_units(
             job,
             source,
@@ -50,33 +50,6 @@ def run(job: Job) -> Counts:
         )
     job.notes |= _count_unrated(job) | budget.notes
     return unit_counts(job, source)
-
-
-class TokenBudget:
-    """How many tokens are scored together: chosen once, kept beside the units that are done, and so the same after a
-    restart whatever memory is free then.
-
-    Where the memory does not hold that many after all, they are halved, and the unit is scored again as a whole: a run
-    that was broken off in between does the same.
-    """
-
-    def __init__(self, job: Job, engine: Engine):
-        self.engine, self.path = engine, job.work / "token_budget.json"
-        self.notes = read_json(self.path) if self.path.exists() else {"token_budget": job.settings.token_budget}
-        engine.token_budget = self.notes["token_budget"]
-
-    def keep(self, score: Callable[[Engine, list[Any]], list[Any]], rows: list[Any]) -> list[Any]:
-        """The scores of a unit, all made with one budget."""
-        if not self.path.exists():
-            self.notes |= {"token_budget": self.engine.fix_token_budget(), "out_of_memory": 0}
-            write_json(self.path, self.notes)
-        while True:
-            scored = score(self.engine, rows)
-            if self.engine.token_budget == self.notes["token_budget"]:
-                return scored
-            halvings = self.notes["out_of_memory"] + 1
-            self.notes |= {"token_budget": self.engine.token_budget, "out_of_memory": halvings}
-            write_json(self.path, self.notes)
 
 
 def _count_unrated(job: Job) -> dict[str, int]:

@@ -66,7 +66,8 @@ class Server:
         self.keys[request.headers.get("Authorization", "")] += 1
         key = self.options.get("key")
         if key and request.headers.get("Authorization") != f"Bearer {key}":
-            return web.json_response({"error": {"message": "Incorrect API key"}}, status=401)
+            said = f"Incorrect API key: {request.headers.get('Authorization')}"
+            return web.json_response({"error": {"message": said}}, status=401)
         if body["model"] != self.options.get("name", "served"):
             return web.json_response({"error": {"message": "The model does not exist."}}, status=404)
         asked = json.dumps(body.get("messages", body.get("prompt")), ensure_ascii=False)

@@ -327,6 +327,24 @@ def test_refusals_are_one_line(serve, engine_of, monkeypatch, tmp_path, options,
     assert sum(server.stats()["keys"].values()) <= 64, "the first refusal ends it for those that wait"
 
 
+@pytest.mark.parametrize(
+    "given", [{"extra": {"note": ["a very-secret-key"]}}, {"base_url": "http://very-secret-key/v1"}]
+)
+def test_a_key_that_stands_elsewhere_is_refused(engine_of, monkeypatch, given):
+    monkeypatch.setenv("SLMFAST_TEST_KEY", "very-secret-key")
+    url = given.pop("base_url", "http://127.0.0.1:9/v1")
+    with pytest.raises(UserError, match="the key in SLMFAST_TEST_KEY stands in extra or base_url") as caught:
+        engine_of(url, api_key="SLMFAST_TEST_KEY", **given)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_server_that_repeats_the_key_does_not_show_it(serve, engine_of, monkeypatch):
+    monkeypatch.setenv("SLMFAST_TEST_KEY", "very-secret-key")
+    with pytest.raises(UserError, match=r"HTTP 401: Incorrect API key: Bearer \*\*\*") as caught:
+        engine_of(serve(key="right"), api_key="SLMFAST_TEST_KEY").generate(["a"], max_new_tokens=1)
+    assert "secret" not in str(caught.value)
+
+
 def test_the_key_goes_to_the_server_and_nowhere_else(serve, engine_of, monkeypatch, tmp_path):
     monkeypatch.setenv("SLMFAST_TEST_KEY", "very-secret-key")
     server = serve(key="very-secret-key")
@@ -375,6 +393,14 @@ def test_the_window_is_the_smaller_one_and_stays(serve, engine_of, options, sett
     engine.close()
     server.end()
     assert engine_of(server, tries=1).window == window, "kept with the replies"
+
+
+def test_a_window_that_is_given_asks_the_server_nothing(serve, engine_of):
+    server = serve(broken_models=True)
+    assert engine_of(server, window=50).window == 50
+    assert server.stats()["listed"] == 0
+    with pytest.raises(UserError, match=r"/models failed 2 times, the last time with HTTP 500"):
+        engine_of(server, store="other.sqlite", tries=2).window  # noqa: B018
 
 
 def test_scores_are_those_of_the_local_engine(serve, engine_of):

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from slmfast import pipeline
+from slmfast import pipeline, store
 from slmfast.commands import MINIATURE
 from slmfast.errors import UserError
 from slmfast.job import BUILTIN_MODELS, Job, _looked_ahead, _Unit
@@ -179,6 +179,19 @@ def _rows(folder):
     return read_table(folder / "records").to_pylist()
 
 
+def test_the_rows_outside_a_sample_keep_their_own_shards(serve, tmp_path, monkeypatch):
+    """However many shards they take: the rows that go later are written behind them."""
+    monkeypatch.setattr(store, "ROWS_PER_CHECK", 4)
+    monkeypatch.setattr(store, "BYTES_PER_SHARD", 1000)
+    collected = records([f"question {n}" for n in range(60)], tmp_path / "dedup")
+    recipe = load_recipe(MINIATURE, ["classify.sample=20", f"engines={json.dumps({'large': served(serve())})}"])
+    labelled, dropped, _ = stage("classify", recipe, collected, tmp_path / "classify")
+    assert len(shards(tmp_path / "classify" / "dropped")) == 4 + 1
+    assert (len(labelled), len(dropped)) == (0, 60)
+    assert sorted(row["source_row"] for row in dropped) == list(range(60))
+    assert sum(row["reason"] == "unparsed label" for row in dropped) == 20
+
+
 PROGRAM = "from slmfast.cli import main; import sys; sys.exit(main(sys.argv[1:]))"
 
 
@@ -232,13 +245,25 @@ def test_the_next_units_are_begun_before_one_is_due():
     ("overrides", "message"),
     [
         (["models.engine=openai"], r"key engines\.large\.base_url: name the server"),
-        (["engines.large.kind=magic"], r"section engines\.large: kind: use local or openai"),
+        (["engines.large.kind=magic"], r"section engines\.large: kind: use local or openai or vllm"),
         (["engines.large.base_url=http://x/v1"], r"engines\.large\.kind: say openai"),
         (["engines.large={kind: openai, base_url: 'http://x'}"], r"engines\.large\.model: give the name"),
         (["engines.large={kind: openai, base_url: 'http://x', model: m}"], r"engines\.large\.tokenizer: give its"),
         (["engines.judge={kind: openai}"], r"engines\.judge\.base_url: name"),
         (["engines.small={kind: openai, base_url: localhost}"], r"engines\.small: base_url: give the server's address"),
-        (["engines.small={base_url: 'http://me:word@x'}"], "without a user or password"),
+        (["engines.small={base_url: 'http://me:word@x'}"], "without a user, password or query"),
+        (["engines.small={base_url: 'http://x/v1?key=123abc'}"], r"engines\.small: base_url: .* without .* or query"),
+        (["engines.small.api_key=123456"], r"engines\.small\.api_key: give a text, not something else"),
+        (["engines.small.api_key=[123abc"], r"--set engines\.small\.api_key: the value is not YAML"),
+        (
+            ["engines.small.extra={headers: [{X-Api-Key: 123abc}]}"],
+            r"extra\.X-Api-Key: name a key's environment variable",
+        ),
+        (
+            ["engines.small={kind: local, concurrency: 3}"],
+            r"engines\.small\.concurrency: leave it out: an engine of kind local",
+        ),
+        (["engines.small={timeout: 3}"], r"engines\.small\.timeout: leave it out: an engine of kind local"),
         (["engines.small.api_key=sk-123abc"], r"engines\.small: api_key: name the environment variable"),
         (["engines.small.concurrency=0"], r"engines\.small: concurrency: give a positive"),
         (["engines.small.timeout=0"], r"engines\.small: timeout: give a positive"),
