@@ -82,9 +82,10 @@ public:
     void brute(const Group& left, const Group& right, std::uint64_t equal, std::size_t begin, std::size_t end) {
         constexpr std::size_t kRows = 64;
         for (std::size_t from = begin; from < end && !stopped_.load(std::memory_order_relaxed); from += kRows) {
-            if (end - from >= 2 * kRowsWorthGiving && can_give(left, right)) {
-                const std::size_t middle = from + (end - from) / 2;
-                const Group later = left.part(middle, cross_ ? end : left.size);
+            const std::size_t middle = from + (end - from) / 2;
+            const Group later = left.part(middle, cross_ ? end : left.size);
+            const bool much = end - from >= 2 * kRowsWorthGiving && (!cross_ || right.size >= kRowsWorthGiving);
+            if (much && can_give(later, right)) {
                 give(later, right, [equal, rows = end - middle](Walk& walk, const Group& mine, const Group& others) {
                     walk.brute(mine, others, equal, 0, rows);
                 });
@@ -307,8 +308,7 @@ private:
             }
             const Group others = group.part(0, rest);
             const Group crowd = group.part(rest, group.size);
-            Walk between = crossing(group.size);
-            between.stand(ordered_, differ_).join_again(others, crowd, equal);
+            crossing(group.size).stand(ordered_, differ_).join_again(others, crowd, equal);
             join_again(others, {}, equal);
             return true;
         }
@@ -377,12 +377,17 @@ bool join(const std::uint64_t* left, std::size_t n_left, const std::uint64_t* ri
                   [&](std::size_t x, std::size_t y) { return a.part(x).size > a.part(y).size; });
         std::atomic<std::size_t> next{0};
         parallel_for(threads, threads, 1, [&](std::size_t, std::size_t, unsigned thread) {
-            shared.run(walks[thread], [&] {
-                for (std::size_t i = next++; i < order.size(); i = next++) {
-                    const Group others = cross ? b.part(order[i]) : Group{};
-                    walks[thread].bucket(a.part(order[i]), others, plan, block, bits);
-                }
-            });
+            try {
+                shared.run(walks[thread], [&] {
+                    for (std::size_t i = next++; i < order.size(); i = next++) {
+                        const Group others = cross ? b.part(order[i]) : Group{};
+                        walks[thread].bucket(a.part(order[i]), others, plan, block, bits);
+                    }
+                });
+            } catch (...) {
+                stopped.store(true);  // the other threads need not go on
+                throw;
+            }
         });
     }
     return !stopped.load();

@@ -26,7 +26,7 @@ struct PairSink {
 };
 
 // Every pair a < b of one array. False if the sink stopped it. n < 2^32. Extra memory: 12 bytes a fingerprint, and 3 MiB
-// a thread.
+// a thread, or up to 12 where most rows crowd into few groups.
 bool self_join(const std::uint64_t* fingerprints, std::size_t n, int k, unsigned threads, Isa isa, PairSink& sink);
 
 // Every pair of a position in `left` and a position in `right`. A side that is much larger than the other is only read.

@@ -119,7 +119,7 @@ Pairs sorted(std::vector<PairChunks>& parts, std::size_t n, unsigned threads) {
     for (const PairChunks& part : parts) total += part.size();
     int row_bits = 1;
     while (row_bits < 32 && n >> row_bits != 0) ++row_bits;
-    int bucket_bits = 0;
+    int bucket_bits = 1;  // not 0: a shift by all 64 bits of a pair is none
     while (bucket_bits < std::min(12, row_bits) && (total >> bucket_bits) > kBucket) ++bucket_bits;
     const std::size_t buckets = std::size_t{1} << bucket_bits;
     const int shift = 32 + row_bits - bucket_bits;

@@ -30,43 +30,36 @@ public:
     // Runs `own`, and then what others give, until no thread has any work left.
     template <class Own>
     void run(Worker& worker, Own&& own) {
-        Busy busy(*this);
-        own();
-        Task task;
-        while (take(task)) {
-            task(worker);
-            task = nullptr;  // its rows need not wait for the next one
+        enter();
+        try {
+            own();
+            for (Task task; take(task); task = nullptr) task(worker);  // its rows need not wait for the next one
+        } catch (...) {
+            leave();  // no other waits for what this thread will not give
+            throw;
         }
     }
 
 private:
-    // Counts a thread as busy, also where it leaves by an exception: no other waits for what it will not give.
-    class Busy {
-    public:
-        explicit Busy(SharedWork& work) : work_(work) {
-            const std::lock_guard<std::mutex> lock(work_.guard_);
-            ++work_.busy_;
-        }
-        ~Busy() {
-            const std::lock_guard<std::mutex> lock(work_.guard_);
-            if (--work_.busy_ == 0) work_.changed_.notify_all();
-        }
-        Busy(const Busy&) = delete;
-        Busy& operator=(const Busy&) = delete;
+    void enter() {
+        const std::lock_guard<std::mutex> lock(guard_);
+        ++busy_;
+    }
 
-    private:
-        SharedWork& work_;
-    };
+    void leave() {
+        const std::lock_guard<std::mutex> lock(guard_);
+        if (--busy_ == 0) changed_.notify_all();
+    }
 
+    // A busy thread's next task; false, and the thread is busy no more, where none is left.
     bool take(Task& task) {
         std::unique_lock<std::mutex> lock(guard_);
-        --busy_;
+        if (--busy_ == 0) changed_.notify_all();
         waiting_.fetch_add(1, std::memory_order_relaxed);
-        if (busy_ == 0) changed_.notify_all();
         changed_.wait(lock, [&] { return !tasks_.empty() || busy_ == 0; });
         waiting_.fetch_sub(1, std::memory_order_relaxed);
-        ++busy_;  // and stays so until this thread takes again or leaves
         if (tasks_.empty()) return false;
+        ++busy_;
         task = std::move(tasks_.front());
         tasks_.pop_front();
         tasks_left_.store(tasks_.size(), std::memory_order_relaxed);
