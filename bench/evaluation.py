@@ -136,7 +136,7 @@ def best_batch(context: Context, requests: Sequence[Any]) -> int:
         for batch in BATCHES:
             harness = hflm(context, batch)
             seconds, _ = timing.stopwatch(lambda harness=harness: harness.loglikelihood(some, True))
-            context.say(f"HFLM: {batch} a batch, {seconds:.1f} s for {TRIED} items")
+            context.say(f"HFLM: {batch} a batch, {seconds:.1f} s for {len(some) // CHOICES} items")
             context.batches[batch] = seconds
     return min(context.batches, key=context.batches.__getitem__)
 

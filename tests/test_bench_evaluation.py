@@ -62,4 +62,4 @@ def test_a_small_run(bench, real_data, tmp_path, capsys):
     line = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert line == json.loads((tmp_path / "line.json").read_text())
     assert [row["case"].split(",")[0] for row in line["results"]] == ["mmlu", "cmmlu"]
-    assert all(row["same_answer"] and row["ratio"] > 1 for row in line["results"])
+    assert all(row["same_answer"] and row["ratio"] == row["theirs"] / row["ours"] for row in line["results"])
