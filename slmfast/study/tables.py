@@ -1,7 +1,5 @@
 """The study's tables: scores in points of a hundred, each with its standard error over seeds."""
 
-from collections.abc import Sequence
-
 from slmfast.recipe import TRAINED
 from slmfast.reporting.document import NOTHING, Table, whole
 from slmfast.study.errors import Difference, Mean, difference, seed_mean
@@ -59,15 +57,15 @@ def against_base(results: Results, model: str, caption: str, published: Publishe
 
 def mixes(plan: Plan, results: Results) -> Table:
     """The fused model and the other mixes beside their parts."""
-    header = ["model", *(f"weight of {name}" for name in TRAINED), *columns(results)]
     own = plan.recipe.fuse.weights
     total = sum(own.values())
     weights = {FUSED: {name: own.get(name, 0.0) / total for name in TRAINED}} | plan.mixes
-    rows = [[name, *(f"{shares[part]:.2f}" for part in TRAINED)] for name, shares in weights.items()]
-    rows = [row + score_row(results, row[0])[1:] for row in rows]
-    parts = [[name, *[NOTHING] * len(TRAINED), *score_row(results, name)[1:]] for name in TRAINED]
+    shares = {name: " : ".join(f"{found[part]:.2f}" for part in TRAINED) for name, found in weights.items()}
+    shares |= dict.fromkeys(TRAINED, NOTHING)
+    rows = [[name, share, *score_row(results, name)[1:]] for name, share in shares.items()]
     note = f"; the fused model is the mix {plan.own_mix}" if plan.own_mix else ""
-    return Table(f"Fusion weights (table 4-4 of the paper){note}", header, rows + parts)
+    caption = f"Fusion weights (table 4-4 of the paper){note}"
+    return Table(caption, ["model", " : ".join(TRAINED), *columns(results)], rows)
 
 
 def rates(plan: Plan, results: Results) -> Table:
@@ -82,12 +80,12 @@ def rates(plan: Plan, results: Results) -> Table:
     return Table("Learning rates of SFT", header, rows)
 
 
-def by_seed(results: Results, models: Sequence[str]) -> Table:
+def by_seed(results: Results) -> Table:
     """Every model's mean over tasks, seed by seed."""
     rows = []
-    for model in models:
+    for model in results.models:
         values = results.values(model, MEAN)
-        rows.append([model, *(f"{100 * value:.1f}" for value in values), points(seed_mean(values))])
+        rows.append([model, *(f"{100 * value:.1f}" for value in values), score_row(results, model)[-1]])
     return Table("Mean over tasks by seed", ["model", *(f"seed {seed}" for seed in results.seeds), "mean"], rows)
 
 
