@@ -20,10 +20,10 @@ def points(mean: Mean) -> str:
     return f"{100 * mean.value:.1f}{error}"
 
 
-def gained(gap: Difference) -> str:
+def gained(gap: Difference) -> list[str]:
     """A difference in points with its error over seeds, and the interval of the items."""
     error = "" if gap.stderr_seeds is None else f" ± {100 * gap.stderr_seeds:.1f}"
-    return f"{100 * gap.value:+.1f}{error} ({100 * gap.low:+.1f} to {100 * gap.high:+.1f})"
+    return [f"{100 * gap.value:+.1f}{error}", f"{100 * gap.low:+.1f} to {100 * gap.high:+.1f}"]
 
 
 def score_row(results: Results, model: str) -> list[str]:
@@ -44,13 +44,13 @@ def overview(results: Results, published: Published) -> Table:
 
 def against_base(results: Results, model: str, caption: str, published: Published, seed: int) -> Table:
     """One model beside the base, by task, with the difference, its error over seeds and its interval over items."""
-    header = ["task", BASE, model, "difference ± over seeds (95 % over items)"]
+    header = ["task", BASE, model, "difference", "95 % over items"]
     names = [f"paper: {name}" for name in (BASE, model)] if published and model != FUSED else []
     rows = []
     for task in columns(results):
         base, own = (seed_mean(results.values(name, task)) for name in (BASE, model))
         row = [task, points(Mean(base.value, None)), points(own)]
-        row.append(gained(difference(results, model, BASE, task, seed)))
+        row += gained(difference(results, model, BASE, task, seed))
         rows.append(row + ([_published(results, published, name, task) for name in (BASE, model)] if names else []))
     return Table(caption, [*header, *names], rows)
 
