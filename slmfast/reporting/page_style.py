@@ -41,6 +41,7 @@ th { font-weight: 600; }
 th, td { white-space: nowrap; }
 th.words, td.words { text-align: left; padding-left: 0; }
 td.words { white-space: normal; overflow-wrap: break-word; max-width: 30rem; }
+td.words:first-child { min-width: 5rem; }
 td.words + td.words + td.words { min-width: 14rem; }
 figure { margin: 1.2rem 0; }
 figure svg { display: block; width: 100%; max-width: 36rem; height: auto; }

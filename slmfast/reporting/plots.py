@@ -24,7 +24,7 @@ WIDTH = 5.7  # inches: 410 px, which a phone shows almost in full size
 NAME_COLUMNS = 28  # a longer name is cut
 INCHES_A_COLUMN = 0.083  # of a name at FONT_SIZE
 FONT_SIZE = 11
-LEGEND_COLUMNS = 5
+LEGEND_MARK = 0.4  # inches of a legend's entry beside its name
 SMOOTHED_POINTS = 60  # a longer curve gets a moving average over it
 
 # Stand-ins for the page's colours in what matplotlib writes.
@@ -111,14 +111,20 @@ def bars(
     series: Mapping[str, Sequence[float]],
     x_label: str,
     errors: Mapping[str, Sequence[float]] | None = None,
+    colours: Sequence[int] = range(len(SERIES)),
 ) -> str:
-    """Horizontal bars: for each name, from the top, one bar of every series, with its error to both sides if given."""
+    """Horizontal bars: for each name, from the top, one bar of every series, with its error to both sides if given.
+
+    Args:
+        errors: one for each value; NaN draws none.
+        colours: of the series, numbers of the page's.
+    """
     with rc_context(_STYLE):
         thickness = 0.8 / len(series)
         figure, axes = _named_rows(names, 0.17 * len(series) + 0.12)
         for i, (label, values) in enumerate(series.items()):
             places = np.arange(len(names)) - 0.4 + thickness * (i + 0.5)
-            colour = SERIES[i % len(SERIES)]
+            colour = SERIES[colours[i]]
             axes.barh(places, values, thickness * 0.92, color=colour, label=label)
             if errors is not None:
                 axes.errorbar(values, places, xerr=errors[label], fmt="none", ecolor=INK, elinewidth=1.1, capsize=2)
@@ -194,15 +200,9 @@ def _legend(figure: Figure, axes: Axes, count: int) -> None:
         constrained = figure.get_layout_engine() is not None
         options = {"loc": "outside upper left"} if constrained else {"loc": "upper left", "bbox_to_anchor": (0.0, 1.0)}
         handles, labels = axes.get_legend_handles_labels()
-        figure.legend(
-            handles,
-            labels,
-            ncols=min(count, LEGEND_COLUMNS),
-            columnspacing=1.2,
-            handlelength=1.3,
-            borderaxespad=0.2,
-            **options,
-        )
+        columns = int(WIDTH / (max(map(_columns, labels)) * INCHES_A_COLUMN + LEGEND_MARK))
+        options |= {"ncols": max(1, min(count, columns)), "columnspacing": 1.2, "handlelength": 1.3}
+        figure.legend(handles, labels, borderaxespad=0.2, **options)
 
 
 _FONT = re.compile(r"font: ([\d.]+)px [^;\"]*")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from slmfast.model_folder import ModelWeights
 from slmfast.recipe import TRAINED
@@ -45,6 +46,8 @@ def claims(results: Results, seed: int, facts: dict[str, Any]) -> list[dict[str,
 
 def _words(model: str, less: str, gap: Difference, seeds: int) -> str:
     points, error = 100 * gap.value, 100 * gap.stderr
+    if gap.value == gap.stderr == 0:
+        return f"{model} answers every item as {less} does."
     measured = f"{model} lies {abs(points):.1f} ± {error:.1f} points {'above' if points >= 0 else 'below'} {less}"
     if gap.value > gap.stderr:
         beyond = "beyond its standard error"
@@ -92,5 +95,6 @@ def training_facts(seed_folders: list[Path], base: Path) -> dict[str, Any]:
 def _distance(first: Path, second: Path) -> float:
     """The Euclidean distance of two models' weights, a tensor at a time."""
     with ModelWeights(first) as one, ModelWeights(second) as other:
-        squares = [float((one[name].float() - other[name].float()).double().square().sum()) for name in one.names]
+        steps = (one[name].float().sub_(other[name]) for name in one.names)
+        squares = [float(step.square_().sum(dtype=torch.float64)) for step in steps]
     return math.sqrt(math.fsum(squares))

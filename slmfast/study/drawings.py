@@ -30,12 +30,13 @@ def against_base(results: Results, model: str, caption: str, published: Publishe
     names = columns(results)
     found = {name: [_point(results, name, task) for task in names] for name in (BASE, model)}
     values = {name: [value for value, _ in column] for name, column in found.items()}
-    errors = {name: [error for _, error in column] for name, column in found.items()}
+    errors = {BASE: [np.nan] * len(names), model: [error for _, error in found[model]]}
     if published and model != FUSED:
         for name in (BASE, model):
             values[f"paper: {name}"] = [published.get(task, {}).get(name, np.nan) for task in names]
-            errors[f"paper: {name}"] = [0.0] * len(names)
-    return Plot(f"{caption}; {ERRORS}", plots.bars(names, values, POINTS, errors))
+            errors[f"paper: {name}"] = [np.nan] * len(names)
+    own = (BASE, *TRAINED, FUSED).index(model)
+    return Plot(f"{caption}; {ERRORS}", plots.bars(names, values, POINTS, errors, (0, own, 5, own)))
 
 
 def mixes(plan: Plan, results: Results) -> Plot:

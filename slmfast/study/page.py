@@ -42,7 +42,7 @@ def build_page(
         *([_rates(plan, results, study)] if plan.rates else []),
         Section("Training", drawings.losses(plan, [seed_folder(folder, seed) for seed in plan.seeds])),
         *([_samples(samples)] if samples else []),
-        _method(plan),
+        _method(plan, results),
         method_section(run),
         _provenance(plan, study, run),
     ]
@@ -80,7 +80,6 @@ def _summary(plan: Plan, results: Results, study: dict[str, Any]) -> Section:
                 "card: compare differences, not levels."
             )
         )
-    blocks.append(tables.by_seed(results, results.models))
     return Section("In short", blocks)
 
 
@@ -128,7 +127,7 @@ def _samples(samples: list[dict[str, Any]]) -> Section:
         Example(
             f"{sample['label']} ({sample['source']}, {sample['language']})",
             shortened(sample["prompt"], REPLY_CHARACTERS),
-            [Reply(model, shortened(text, REPLY_CHARACTERS), "") for model, text in sample["replies"].items()],
+            [Reply(", ".join(models), shortened(text, REPLY_CHARACTERS), "") for text, models in _alike(sample)],
         )
         for sample in samples
     ]
@@ -139,7 +138,15 @@ def _samples(samples: list[dict[str, Any]]) -> Section:
     return Section("Samples", [Text(words), *examples])
 
 
-def _method(plan: Plan) -> Section:
+def _alike(sample: dict[str, Any]) -> list[tuple[str, list[str]]]:
+    """The different replies to a sample, each with the models that gave it."""
+    models: dict[str, list[str]] = {}
+    for model, text in sample["replies"].items():
+        models.setdefault(text, []).append(model)
+    return list(models.items())
+
+
+def _method(plan: Plan, results: Results) -> Section:
     shared = STAGES[: STAGES.index(plan.vary_from)]
     parts = [
         f"{len(plan.seeds)} seeds share the stages {', '.join(shared)}; from {plan.vary_from} on each has its own: the "
@@ -151,7 +158,7 @@ def _method(plan: Plan) -> Section:
         "both models, with each item's value averaged over the seeds. They hold 95 % of the differences.",
         "All models answer the same items in fp32 with our harness (lm-eval).",
     ]
-    return Section("How the errors are made", [Text(part) for part in parts])
+    return Section("How the errors are made", [*map(Text, parts), tables.by_seed(results)])
 
 
 def _provenance(plan: Plan, study: dict[str, Any], run: RunFolder) -> Section:

@@ -54,6 +54,19 @@ class Plan:
         return dataclasses.replace(self.recipe, seed=seed)
 
 
+def describe(plan: Plan) -> str:
+    """What a study is about to make, in one line."""
+    rates = []
+    for rate in plan.rates:
+        stands = "" if rate.paper in (None, rate.settings.learning_rate) else f", the paper's {written(rate.paper)}"
+        rates.append(f"{written(rate.settings.learning_rate)} (batch {rate.settings.effective_batch:,}{stands})")
+    compared = f"; SFT at {', '.join(rates)}" if rates else ""
+    return (
+        f"seeds {', '.join(map(str, plan.seeds))}, which differ from {plan.vary_from} on; mixes {', '.join(plan.mixes)}"
+        f"{compared}"
+    )
+
+
 def make_plan(
     recipe: Recipe, *, seeds: int = SEEDS, rates: Sequence[str] | None = None, vary_from: str = VARYING[0]
 ) -> Plan:

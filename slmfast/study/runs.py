@@ -37,7 +37,7 @@ from slmfast.store import (
     write_json,
     write_table,
 )
-from slmfast.study.plan import Plan
+from slmfast.study.plan import Plan, describe
 from slmfast.training.data import dataset_digest
 from slmfast.training.sft import train_sft
 
@@ -68,7 +68,7 @@ def make_models(plan: Plan, folder: Path) -> None:
     with atomic_path(folder / "recipe.yaml") as temporary:
         temporary.write_text(dump_recipe(plan.recipe), encoding="utf-8")
     plan.recipe.require_complete()
-    print(f"study: what seeds {', '.join(map(str, plan.seeds))} share", flush=True)
+    print(f"study: {describe(plan)}\nstudy: what all seeds share", flush=True)
     pipeline.run(plan.recipe, folder / SHARED, STAGES[STAGES.index(plan.vary_from) - 1])
     for seed in plan.seeds:
         print(f"study: seed {seed}", flush=True)

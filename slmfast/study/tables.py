@@ -1,7 +1,5 @@
 """The study's tables: scores in points of a hundred, each with its standard error over seeds."""
 
-from collections.abc import Sequence
-
 from slmfast.recipe import TRAINED
 from slmfast.reporting.document import NOTHING, Table, whole
 from slmfast.study.errors import Difference, Mean, difference, seed_mean
@@ -22,10 +20,10 @@ def points(mean: Mean) -> str:
     return f"{100 * mean.value:.1f}{error}"
 
 
-def gained(gap: Difference) -> str:
+def gained(gap: Difference) -> list[str]:
     """A difference in points with its error over seeds, and the interval of the items."""
     error = "" if gap.stderr_seeds is None else f" ± {100 * gap.stderr_seeds:.1f}"
-    return f"{100 * gap.value:+.1f}{error} ({100 * gap.low:+.1f} to {100 * gap.high:+.1f})"
+    return [f"{100 * gap.value:+.1f}{error}", f"{100 * gap.low:+.1f} to {100 * gap.high:+.1f}"]
 
 
 def score_row(results: Results, model: str) -> list[str]:
@@ -46,28 +44,28 @@ def overview(results: Results, published: Published) -> Table:
 
 def against_base(results: Results, model: str, caption: str, published: Published, seed: int) -> Table:
     """One model beside the base, by task, with the difference, its error over seeds and its interval over items."""
-    header = ["task", BASE, model, "difference ± over seeds (95 % over items)"]
+    header = ["task", BASE, model, "difference", "95 % over items"]
     names = [f"paper: {name}" for name in (BASE, model)] if published and model != FUSED else []
     rows = []
     for task in columns(results):
         base, own = (seed_mean(results.values(name, task)) for name in (BASE, model))
         row = [task, points(Mean(base.value, None)), points(own)]
-        row.append(gained(difference(results, model, BASE, task, seed)))
+        row += gained(difference(results, model, BASE, task, seed))
         rows.append(row + ([_published(results, published, name, task) for name in (BASE, model)] if names else []))
     return Table(caption, [*header, *names], rows)
 
 
 def mixes(plan: Plan, results: Results) -> Table:
     """The fused model and the other mixes beside their parts."""
-    header = ["model", *(f"weight of {name}" for name in TRAINED), *columns(results)]
     own = plan.recipe.fuse.weights
     total = sum(own.values())
     weights = {FUSED: {name: own.get(name, 0.0) / total for name in TRAINED}} | plan.mixes
-    rows = [[name, *(f"{shares[part]:.2f}" for part in TRAINED)] for name, shares in weights.items()]
-    rows = [row + score_row(results, row[0])[1:] for row in rows]
-    parts = [[name, *[NOTHING] * len(TRAINED), *score_row(results, name)[1:]] for name in TRAINED]
+    shares = {name: " : ".join(f"{found[part]:.2f}" for part in TRAINED) for name, found in weights.items()}
+    shares |= dict.fromkeys(TRAINED, NOTHING)
+    rows = [[name, share, *score_row(results, name)[1:]] for name, share in shares.items()]
     note = f"; the fused model is the mix {plan.own_mix}" if plan.own_mix else ""
-    return Table(f"Fusion weights (table 4-4 of the paper){note}", header, rows + parts)
+    caption = f"Fusion weights (table 4-4 of the paper){note}"
+    return Table(caption, ["model", " : ".join(TRAINED), *columns(results)], rows)
 
 
 def rates(plan: Plan, results: Results) -> Table:
@@ -82,12 +80,12 @@ def rates(plan: Plan, results: Results) -> Table:
     return Table("Learning rates of SFT", header, rows)
 
 
-def by_seed(results: Results, models: Sequence[str]) -> Table:
+def by_seed(results: Results) -> Table:
     """Every model's mean over tasks, seed by seed."""
     rows = []
-    for model in models:
+    for model in results.models:
         values = results.values(model, MEAN)
-        rows.append([model, *(f"{100 * value:.1f}" for value in values), points(seed_mean(values))])
+        rows.append([model, *(f"{100 * value:.1f}" for value in values), score_row(results, model)[-1]])
     return Table("Mean over tasks by seed", ["model", *(f"seed {seed}" for seed in results.seeds), "mean"], rows)
 
 
