@@ -36,7 +36,7 @@ def against_base(results: Results, model: str, caption: str, published: Publishe
             values[f"paper: {name}"] = [published.get(task, {}).get(name, np.nan) for task in names]
             errors[f"paper: {name}"] = [np.nan] * len(names)
     own = (BASE, *TRAINED, FUSED).index(model)
-    return Plot(f"{caption}; {ERRORS}", plots.bars(names, values, POINTS, errors, (0, own, 5, own)))
+    return Plot(f"{caption}; {ERRORS}", plots.bars(names, values, POINTS, errors, (0, own, 5, 4)))
 
 
 def mixes(plan: Plan, results: Results) -> Plot:
