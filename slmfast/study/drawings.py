@@ -12,7 +12,7 @@ from slmfast.store import read_json
 from slmfast.study.errors import seed_mean
 from slmfast.study.plan import BASE, FUSED, Plan, written
 from slmfast.study.results import MEAN, Results
-from slmfast.study.tables import Published, columns
+from slmfast.study.tables import Published, columns, published_score
 
 POINTS = "points of a hundred"
 ERRORS = "one standard error over seeds to each side"
@@ -33,10 +33,11 @@ def against_base(results: Results, model: str, caption: str, published: Publishe
     errors = {BASE: [np.nan] * len(names), model: [error for _, error in found[model]]}
     if published and model != FUSED:
         for name in (BASE, model):
-            values[f"paper: {name}"] = [published.get(task, {}).get(name, np.nan) for task in names]
+            scores = [published_score(results, published, name, task) for task in names]
+            values[f"paper: {name}"] = [np.nan if score is None else score for score in scores]
             errors[f"paper: {name}"] = [np.nan] * len(names)
     own = (BASE, *TRAINED, FUSED).index(model)
-    return Plot(f"{caption}; {ERRORS}", plots.bars(names, values, POINTS, errors, (0, own, 5, own)))
+    return Plot(f"{caption}; {ERRORS}", plots.bars(names, values, POINTS, errors, (0, own, 5, 4)))
 
 
 def mixes(plan: Plan, results: Results) -> Plot:

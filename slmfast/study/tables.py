@@ -100,9 +100,14 @@ def _published_row(results: Results, published: Published, model: str) -> list[s
 
 
 def _published(results: Results, published: Published, model: str, task: str) -> str:
-    """The paper's score; its mean only where it has all of our tasks."""
+    score = published_score(results, published, model, task)
+    return NOTHING if score is None else f"{score:.2f}"
+
+
+def published_score(results: Results, published: Published, model: str, task: str) -> float | None:
+    """The paper's score in points; its mean only where it has all of our tasks."""
     if task != MEAN:
-        return f"{published[task][model]:.2f}" if task in published else NOTHING
+        return published[task][model] if task in published else None
     if set(published) != set(results.tasks):
-        return NOTHING
-    return f"{sum(scores[model] for scores in published.values()) / len(published):.2f}"
+        return None
+    return sum(scores[model] for scores in published.values()) / len(published)
