@@ -61,7 +61,7 @@ def hill(monkeypatch):
         value = 1 - float(np.abs(found - summit).sum())
         scores = {task: {"value": value + plus, "stderr": 0.3, "n": 4} for task, plus in (("first", 0), ("second", 1))}
         items = [{"task": task, "item": i, "value": value * (i % 2)} for task in scores for i in range(4)]
-        return Evaluation(scores, items)
+        return Evaluation(scores, items, {})
 
     evaluate.fails_at = None
     evaluate.asked = asked
@@ -113,7 +113,7 @@ def test_a_search_that_was_cut_off_goes_on(models, hill, tmp_path):
 
 def test_equal_scores_go_to_the_even_average(models, monkeypatch, tmp_path):
     scores = {"first": {"value": 0.5, "stderr": None, "n": 1}}
-    monkeypatch.setattr(fusion_search, "evaluate_model", lambda *_: Evaluation(scores, []))
+    monkeypatch.setattr(fusion_search, "evaluate_model", lambda *_: Evaluation(scores, [], {}))
     found = search(models[:2], tmp_path / "best", DEVELOPMENT, step=0.25)
     assert found["winner"] == found["winner"] | {"weights": (0.5, 0.5), "lead": 0.0, "lead_stderr": None}
     assert found["winner"]["stderr"] is None

@@ -177,7 +177,8 @@ def test_ten_thousand_requests_to_a_faulty_server(serve, engine_of):
     """10 % 429, 5 % 500, 3 % hang, 3 % cut, 2 % garbage: every record exactly once, none lost, none doubled."""
     prompts = [f"record {n}" for n in range(10_000)]
     server = serve(faults=FAULTS, seed=11)
-    engine = engine_of(server, timeout=1.0, concurrency=128, tries=40)
+    # A busy machine takes its time: what is answered and not waited for would be asked again.
+    engine = engine_of(server, timeout=5.0, concurrency=128, tries=40)
     stats = check_every_record_once(server, engine, prompts)
     for kind, share in FAULTS.items():
         assert abs(stats["faults"][kind] / sum(stats["asked"].values()) - share) < 0.01

@@ -212,7 +212,7 @@ def test_nothing_in_nothing_out(engine):
 @pytest.mark.parametrize(
     ("kind", "change", "message"),
     [
-        ("vllm", {}, "engine 'vllm' is unknown: use local"),
+        ("magic", {}, "engine 'magic' is unknown: use "),
         ("local", {"model": "/no/such/model"}, "no model at /no/such/model"),
         ("local", {"threads": 0}, "threads is 0"),
         ("local", {"batch_size": 0}, "batch_size is 0"),

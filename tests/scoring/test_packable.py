@@ -121,5 +121,6 @@ def test_doctor_says_how_a_model_is_scored(model_folder, tokenizer, tmp_path):
     assert dict(findings(str(model_folder)))["scoring"].endswith("in packs, prompts shared by their replies")
     rotation = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     built("Llama", **SMALL, **HEADS, rope_parameters=rotation).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
     assert "for its rotations depend" in dict(findings(str(tmp_path)))["scoring"]
     assert "scoring" not in dict(findings())

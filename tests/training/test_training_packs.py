@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -34,6 +35,13 @@ def sharing_set(make_set):
     """19 rows, of which every third has the prompt of the row three before it: groups of 4, 4, 4, 4 and 3."""
     prompts = [said("user", f"question {i if i % 3 else 7}: {'why? ' * (i % 3 * 4)}") for i in range(19)]
     return make_set(19, labels=True, prompt=prompts)
+
+
+@pytest.fixture
+def unlabelled(sharing_set):
+    """The same rows for SFT, which takes no set of good and bad replies."""
+    pq.write_table(pq.read_table(sharing_set).drop_columns("label"), sharing_set.with_name("unlabelled.parquet"))
+    return sharing_set.with_name("unlabelled.parquet")
 
 
 @pytest.fixture
@@ -212,11 +220,11 @@ def test_a_reference_that_the_memory_does_not_hold_is_begun_again(tiny_model, sh
     assert found[0]["reward_desirable"] == found[0]["z0"] == 0.0
 
 
-def test_a_resumed_run_takes_the_packs_that_it_had(tiny_model, sharing_set, tmp_path, monkeypatch):
+def test_a_resumed_run_takes_the_packs_that_it_had(tiny_model, unlabelled, tmp_path, monkeypatch):
     """Steps 1 and 2 in large packs, from the third on in small ones, whether or not a run is resumed between them."""
 
     def run(name: str) -> Path:
-        return train_sft(tiny_model, sharing_set, tmp_path / name, replace(PACKED, method="sft"), progress=False)
+        return train_sft(tiny_model, unlabelled, tmp_path / name, replace(PACKED, method="sft"), progress=False)
 
     fail_at(monkeypatch, 5, DEVICE)
     calm = run("calm")
@@ -240,20 +248,20 @@ def test_a_resumed_run_takes_the_packs_that_it_had(tiny_model, sharing_set, tmp_
     assert (tmp_path / "killed" / "model.safetensors").read_bytes() == (calm / "model.safetensors").read_bytes()
 
 
-def test_memory_that_does_not_hold_one_sequence_is_one_line(tiny_model, sharing_set, tmp_path, monkeypatch):
+def test_memory_that_does_not_hold_one_sequence_is_one_line(tiny_model, unlabelled, tmp_path, monkeypatch):
     def never(*args):
         raise DEVICE
 
     monkeypatch.setattr(Passes, "train_logprobs", never)
     with pytest.raises(UserError, match=r"does not hold a sequence of 9. tokens.*: set checkpointing to on"):
-        train_sft(tiny_model, sharing_set, tmp_path / "S1", replace(SFT, pack_tokens=300), progress=False)
+        train_sft(tiny_model, unlabelled, tmp_path / "S1", replace(SFT, pack_tokens=300), progress=False)
     assert not (tmp_path / "S1").exists()
 
 
-def test_other_errors_are_not_taken_for_a_lack_of_memory(tiny_model, sharing_set, tmp_path, monkeypatch):
+def test_other_errors_are_not_taken_for_a_lack_of_memory(tiny_model, unlabelled, tmp_path, monkeypatch):
     fail_at(monkeypatch, 1, RuntimeError("expected scalar type Float but found Half"))
     with pytest.raises(RuntimeError, match="expected scalar type"):
-        train_sft(tiny_model, sharing_set, tmp_path / "S1", SFT, progress=False)
+        train_sft(tiny_model, unlabelled, tmp_path / "S1", SFT, progress=False)
 
 
 def test_a_budget_is_that_of_its_step_and_outlives_the_process(tmp_path):
