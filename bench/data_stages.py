@@ -15,7 +15,9 @@ at the end, unless with --keep.
 """
 
 import argparse
+import itertools
 import json
+import math
 import os
 import random
 import shutil
@@ -148,20 +150,14 @@ def write_raw(folder: Path, records: int, seed: int) -> int:
     folder.mkdir()
     rng = random.Random(seed)
     speech = {"zh": Speech("zh", rng), "en": Speech("en", rng)}
-    for name, share in zip(SOURCES, SHARES, strict=True):
-        lines = raw_lines(name, round(records * share) if name != "belle" else records - sum(
-            round(records * s) for s in SHARES[:-1]
-        ), speech, rng)  # fmt: skip
-        for number in range(1 + int(records * share) // RECORDS_PER_FILE):
+    counts = [round(records * share) for share in SHARES[:-1]]
+    for name, count in zip(SOURCES, [*counts, records - sum(counts)], strict=True):
+        lines = raw_lines(name, count, speech, rng)
+        for number in range(math.ceil(count / RECORDS_PER_FILE)):
             with (folder / f"{name}-{number:02d}.jsonl").open("w", encoding="utf-8") as file:
-                for line in _taken(lines, RECORDS_PER_FILE):
+                for line in itertools.islice(lines, RECORDS_PER_FILE):
                     file.write(line + "\n")
     return sum(path.stat().st_size for path in folder.iterdir())
-
-
-def _taken(lines: Iterator[str], most: int) -> Iterator[str]:
-    for _, line in zip(range(most), lines, strict=False):
-        yield line
 
 
 class Speech:
