@@ -161,11 +161,15 @@ def _settings(results: dict[str, Any], task: str, metric: str) -> dict[str, Any]
 
 
 def described(settings: Evaluate, data: Path | None = None) -> str:
-    """What decides on the scores, in one line: worked examples, precision, template and where the data is from."""
+    """What decides on the scores, in one line: worked examples, precision, template and where the data is from.
+
+    Args:
+        data: the folder of a suite's files, where it isn't told as the settings have it.
+    """
     pinned = SUITES.get(settings.suite or "", {})
     tasks = ", ".join(f"{task} {pinned[task]}-shot" if task in pinned else task for task in settings.names)
     name = f"suite {settings.suite}: " if settings.suite else ""
     template = "chat template" if settings.templated else "bare text"
-    source = f"; data from {data or 'the hub'}" if settings.suite else ""
-    limit = f"; the first {settings.limit} items of each task" if settings.limit else ""
+    source = f"; data from {data or settings.data or 'the hub'}" if settings.suite else ""
+    limit = f"; of each task the first {settings.limit:,} items" if settings.limit else ""
     return f"{name}{tasks}; {settings.dtype}, {template}, greedy{source}{limit}"
