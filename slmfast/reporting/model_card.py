@@ -109,7 +109,9 @@ def write_fusion_card(folder: Path, paths: Sequence[Path], card: Mapping[str, An
                 f"moved weights and {percent(survival['norm'])} of the norm."
             )
         )
-    command = "slmfast fuse " + " ".join(f"{row[0]}={row[1]}" for row in rows) + f" --dtype {card['dtype']} -o fused"
+    # The weights in full: rounded ones would give other bytes.
+    given = " ".join(f"{name}={part['weight']}" for name, part in zip(names, card["parts"], strict=True))
+    command = f"slmfast fuse {given} --dtype {card['dtype']} -o fused"
     sections = [
         Section("How it was made", blocks),
         _use(),
