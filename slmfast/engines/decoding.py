@@ -19,31 +19,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import DynamicCache
 
+from slmfast.engines.base import Sampling
 from slmfast.errors import UserError
 from slmfast.scoring.packable import rotates_by_length
 
 # Layers of which keys and values are all that is kept of earlier tokens; a window or chunks are obeyed by the mask.
 _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How the next token is chosen."""
-
-    temperature: float = 0.0  # 0: the likeliest
-    top_p: float = 1.0
-    seed: int = 0
-    # What the logit of a token that stands in the prompt or the reply is divided by, multiplied where it is negative
-    # (Keskar et al. 2019, "CTRL"); 1 for none.
-    repetition_penalty: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not self.temperature >= 0:
-            raise UserError(f"temperature is {self.temperature}: give zero (greedy) or more")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p is {self.top_p}: give a share above 0, at most 1")
-        if not self.repetition_penalty > 0:
-            raise UserError(f"repetition_penalty is {self.repetition_penalty}: give a positive number, 1 for none")
 
 
 def uniforms(prompt: Sequence[int], occurrence: int, length: int, seed: int) -> np.ndarray:

@@ -23,8 +23,7 @@ import numpy as np
 import pyarrow as pa
 from transformers import AutoConfig
 
-from slmfast.engines.base import Generation, Prompt, describe_parameters, request_seeds
-from slmfast.engines.decoding import Sampling
+from slmfast.engines.base import Generation, Prompt, checked_sampling, describe_parameters, request_seeds
 from slmfast.engines.http_client import HttpClient, NoReply, Refused, Unreadable
 from slmfast.engines.reply_store import REFUSED, ReplyStore, StoredReply
 from slmfast.engines.settings import EngineSettings
@@ -148,9 +147,7 @@ class OpenAIEngine:
         top_p: float = 1.0,
         seed: int = 0,
     ) -> list[_Request]:
-        if max_new_tokens < 1:
-            raise UserError(f"max_new_tokens is {max_new_tokens}: give a positive number")
-        Sampling(temperature=temperature, top_p=top_p, seed=seed)  # checks them
+        checked_sampling(max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
         common = {"model": self.settings.model, "max_tokens": max_new_tokens, "temperature": temperature}
         common |= {"top_p": top_p} | self.settings.extra
         listed = listed_prompts(prompts)
