@@ -31,7 +31,7 @@ from training_optimizers import optimizer_case
 from training_sides import GROUP
 
 from slmfast.errors import UserError
-from slmfast.training.run import load_tokenizer
+from slmfast.training.loading import load_tokenizer
 
 DEFAULT = "qwen2-0.5b"
 ALL = 1 << 20  # layers: as many as the model has
