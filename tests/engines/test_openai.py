@@ -158,7 +158,7 @@ def check_every_record_once(server, engine, prompts):
     assert set(stats["answered"].values()) == {1}
     assert sum(stats["asked"].values()) == len(prompts) + count_faults(stats)
     assert sum(engine.client.failures.values()) == count_faults(stats)
-    assert engine.store.path.exists() and engine.replies == len(prompts)
+    assert engine.store.path.exists() and engine.requests.replies == len(prompts)
     return stats
 
 
@@ -417,9 +417,9 @@ def test_scores_are_those_of_the_local_engine(serve, engine_of):
     for name in ("bits", "perplexity"):
         np.testing.assert_allclose(got[name].to_pandas(), wanted[name].to_pandas(), rtol=1e-4, atol=1e-6)
     assert engine.choose([], []) == []
-    asked = engine.replies
+    asked = engine.requests.replies
     engine.perplexity(prompts, replies)
-    assert engine.replies == asked == 7, "a score is asked for once"
+    assert engine.requests.replies == asked == 7, "a score is asked for once"
 
 
 def test_a_text_that_a_server_refuses_to_score_is_null(serve, engine_of):
