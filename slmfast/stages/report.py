@@ -1,21 +1,10 @@
 """Report: the whole run on one page, as self-contained HTML and as Markdown."""
 
 from slmfast.job import Counts, Job
+from slmfast.recipe import STAGES
 from slmfast.store import atomic_path
 
-INPUTS = (
-    "collect",
-    "categorize",
-    "dedup",
-    "classify",
-    "diversify",
-    "regenerate",
-    "rate",
-    "align",
-    "train",
-    "fuse",
-    "evaluate",
-)
+INPUTS = STAGES[:-1]
 MODELS: tuple[str, ...] = ()
 
 
