@@ -36,9 +36,12 @@ def source_paths(job: Job, source: Source) -> list[Path]:
     return expand_paths([expand(pattern, {"RUN": job.run_dir}, key) for pattern in patterns])
 
 
-def files(job: Job) -> dict[str, list[str]]:
-    """The content hashes of all raw files: collect runs again when one of them changes."""
-    return {source.name: [file_digest(path) for path in source_paths(job, source)] for source in job.settings.sources}
+def files(job: Job) -> dict[str, list[tuple[str, str]]]:
+    """The names and content hashes of all raw files: collect runs again when one of them changes.
+
+    A name's ending says how the file is read, and the table `rejected` has names.
+    """
+    return {source.name: _digests(source_paths(job, source)) for source in job.settings.sources}
 
 
 def run(job: Job) -> Counts:
@@ -63,7 +66,7 @@ def run(job: Job) -> Counts:
             "correct the paths and formats of collect.sources"
         )
     job.notes["sources"] = per_source
-    job.notes["files"] = {source.name: _digests(source_paths(job, source)) for source in job.settings.sources}
+    job.notes["files"] = {name: dict(found) for name, found in files(job).items()}
     return Counts(records.rows + rejected.rows, records.rows, 0, rejected.rows)
 
 
@@ -72,12 +75,12 @@ def _read(job: Job, source: Source) -> Iterator[Record | Rejection]:
     return read_source(source.name, source.format, paths, max_text_bytes=job.settings.max_text_bytes)
 
 
-def _digests(paths: list[Path]) -> dict[str, str]:
-    """The content hash of each file, under its name below the folder that all of them share."""
+def _digests(paths: list[Path]) -> list[tuple[str, str]]:
+    """Each file's name below the folder that all of them share, and its content hash."""
     common = os.path.commonpath([path.parent for path in paths])
     names = (path.relative_to(common).as_posix() for path in paths)
     plain = (name.encode(errors="replace").decode() for name in names)  # a name may hold bytes that are not UTF-8
-    return {name: file_digest(path) for name, path in zip(plain, paths, strict=True)}
+    return [(name, file_digest(path)) for name, path in zip(plain, paths, strict=True)]
 
 
 def _batches(items: Iterator[Record | Rejection]) -> Iterator[list[Record | Rejection]]:
