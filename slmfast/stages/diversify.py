@@ -49,8 +49,10 @@ def run(job: Job) -> Counts:
     source = job.input("classify")
     columns = read_table(source, columns=["id", "label"])
     encoded = columns.column("label").combine_chunks().dictionary_encode()
-    labels = encoded.dictionary.to_pylist()
-    codes = encoded.indices.to_numpy().astype(np.int64)
+    # By name and not by first appearance: of equal labels the first gets what a whole cap leaves over, in any order.
+    order = pc.array_sort_indices(encoded.dictionary).to_numpy()
+    labels = encoded.dictionary.take(pa.array(order)).to_pylist()
+    codes = np.argsort(order)[encoded.indices.to_numpy()]
     counts = np.bincount(codes, minlength=len(labels))
     final = np.where(counts < job.settings.min_label_count, _RARE, np.arange(len(labels)))
     ids = columns.column("id")
