@@ -15,7 +15,7 @@ import pytest
 import zstandard
 
 from slmfast.errors import UserError
-from slmfast.readers import Record, Rejection, read_source
+from slmfast.readers import Record, Rejection, containers, read_source
 from slmfast.readers.json_stream import Broken, read_array, read_lines, read_values
 
 GOOD = {"instruction": "Add 1 and 2.", "input": "", "output": "3"}
@@ -279,6 +279,14 @@ def test_bad_csv_rows(tmp_path: Path) -> None:
     ]
     assert read_back[3].prompt == [user("x\ny")]
     assert "2 cells" in read_back[1].reason and "4 cells" in read_back[2].reason and "not UTF-8" in read_back[4].reason
+
+
+def test_an_endless_csv_line_is_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path, "a.csv", b"instruction,output\na,b\nc," + b"x" * 1000 + b"\nd,e\n")
+    monkeypatch.setattr(containers, "MAX_VALUE_BYTES", 64)
+    before, rejection = read(path)
+    assert isinstance(before, Record) and rejection.line == 3
+    assert rejection.reason == "the rest of the file can't be read: line of more than 64 characters"
 
 
 def test_cut_parquet_names_the_file(tmp_path: Path) -> None:

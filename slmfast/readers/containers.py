@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, TextIO
 
 from slmfast.readers.json_stream import MAX_VALUE_BYTES, Broken, Malformed, read_array, read_lines, read_values
 
@@ -82,7 +82,8 @@ def _read_tar(path: Path) -> Iterator[Raw]:
         blocks = _Blocks(file)
         try:
             archive = stack.enter_context(tarfile.open(fileobj=blocks, mode="r|*", tarinfo=_Member))
-            for member in archive:
+            while (member := archive.next()) is not None:
+                archive.members.clear()  # it would keep millions of them
                 # Names with a leading dot are the droppings of file managers ("._data.json"), never data.
                 if not member.isfile() or Path(member.name).name.startswith("."):
                     continue
@@ -213,7 +214,7 @@ def _read_csv(stream: BinaryIO) -> Iterator[tuple[int, Any]]:
     """Yields (line of its beginning, row as a dict of columns) for each row under the header."""
     csv.field_size_limit(MAX_VALUE_BYTES)
     text = io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape", newline="")
-    rows = csv.reader(text, strict=True)
+    rows = csv.reader(_csv_lines(text), strict=True)
     try:
         header = next(rows, [])
     except csv.Error as error:
@@ -234,6 +235,13 @@ def _read_csv(stream: BinaryIO) -> Iterator[tuple[int, Any]]:
             yield line, dict(zip(header, cells, strict=True))
         elif cells:
             yield line, Malformed(f"{len(cells)} cells under a header of {len(header)} columns")
+
+
+def _csv_lines(text: TextIO) -> Iterator[str]:
+    while line := text.readline(MAX_VALUE_BYTES):
+        if len(line) == MAX_VALUE_BYTES and not line.endswith(("\n", "\r")):
+            raise Broken(f"line of more than {MAX_VALUE_BYTES} characters")
+        yield line
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
