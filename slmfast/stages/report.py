@@ -1,22 +1,10 @@
 """Report: the whole run on one page, as self-contained HTML and as Markdown."""
 
 from slmfast.job import Counts, Job
-from slmfast.recipe import dump_recipe
+from slmfast.recipe import STAGES, dump_recipe
 from slmfast.store import MANIFEST, atomic_path, file_digest
 
-INPUTS = (
-    "collect",
-    "categorize",
-    "dedup",
-    "classify",
-    "diversify",
-    "regenerate",
-    "rate",
-    "align",
-    "train",
-    "fuse",
-    "evaluate",
-)
+INPUTS = STAGES[:-1]
 MODELS: tuple[str, ...] = ()
 
 
