@@ -130,7 +130,7 @@ def download_model(name: str, key: str, weights: bool = True) -> str:
     from huggingface_hub import snapshot_download
 
     repository, _, revision = name.partition("@")
-    patterns = ["*.json", "*.jinja", "*.txt"] + (["*.safetensors"] if weights else [])  # no pickled weights
+    patterns = ["*.json", "*.jinja", "*.txt", "*.model"] + (["*.safetensors"] if weights else [])  # no pickled weights
     try:
         return snapshot_download(repository, revision=revision or None, allow_patterns=patterns)
     except Exception as error:  # the hub's client raises many kinds; the user needs one line about the model

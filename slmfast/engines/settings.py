@@ -1,9 +1,11 @@
 """How a role's engine is set up in a recipe: its kind and, for a server, where it is and how it is asked."""
 
+import importlib.util
 import json
 import math
 import os
 import re
+import sys
 from dataclasses import dataclass, field, fields
 from typing import Any
 from urllib.parse import urlsplit
@@ -121,6 +123,17 @@ def secret(settings: EngineSettings, key: str) -> str | None:
     )
     _require(not written, f"recipe section {key}", f"the key in {name} stands in extra or base_url: take it out there")
     return value
+
+
+def check_installed(settings: EngineSettings, key: str) -> None:
+    """Raises UserError where an engine needs a package that is not there: before a run begins, and not days later.
+
+    Args:
+        key: the recipe's section of these settings, for the message.
+    """
+    if settings.kind == "vllm" and "vllm" not in sys.modules:
+        found = importlib.util.find_spec("vllm") is not None
+        _require(found, f"recipe key {key}.kind", "vllm is not installed: install it, or say local")
 
 
 @dataclass(frozen=True, kw_only=True)
