@@ -94,12 +94,14 @@ class Classify:
 @dataclass(frozen=True, kw_only=True)
 class Diversify:
     target: int = 500_000  # records to keep
+    selection: str = "exact"  # so many, as even as can be; or random: each by itself, so many on average
     min_label_count: int = 10  # labels with fewer records go
     audit: int | None = None  # records of each label that the judge is asked about; no audit unless given
     audit_threshold: float = 0.5  # a label goes where the judge finds a smaller share of them right
 
     def __post_init__(self) -> None:
         require(self.target > 0, "diversify.target", "give a positive number")
+        require(self.selection in ("exact", "random"), "diversify.selection", "use exact or random")
         require(self.min_label_count >= 0, "diversify.min_label_count", "give zero or more")
         require(self.audit is None or self.audit > 0, "diversify.audit", "give a positive number, or null for no audit")
         require(0 <= self.audit_threshold <= 1, "diversify.audit_threshold", "give a share from 0 to 1")

@@ -14,13 +14,15 @@ from slmfast.records import RECORD_SCHEMA
 SCHEMA = RECORD_SCHEMA.append(pa.field("label", pa.string()))
 
 
-@pytest.mark.parametrize("target", [7, 11, 14])
-def test_the_order_of_the_records_decides_nothing(tmp_path, target):
+@pytest.mark.parametrize(("target", "selection"), [(7, "exact"), (11, "exact"), (14, "exact"), (7, "random")])
+def test_the_order_of_the_records_decides_nothing(tmp_path, target, selection):
     """Four labels of five records each: whatever does not divide by four goes to some of equal ones."""
     common = {"source": "s", "source_row": 0, "language": "en", "source_category": None, "reply": "x"}
     prompt = [{"role": "user", "content": "x"}]
     rows = [common | {"id": f"{n:032x}", "prompt": prompt, "label": f"{'ADBC'[n % 4]}-x"} for n in range(20)]
-    recipe = load_recipe(None, [f"diversify.target={target}", "diversify.min_label_count=1"])
+    recipe = load_recipe(
+        None, [f"diversify.target={target}", "diversify.min_label_count=1", f"diversify.selection={selection}"]
+    )
     found = set()
     for seed in range(4):
         random.Random(seed).shuffle(rows)
@@ -30,6 +32,6 @@ def test_the_order_of_the_records_decides_nothing(tmp_path, target):
         job = Job("diversify", recipe, folder, folder / "out", {"classify": folder / "in"})
         pipeline.run_stage(job)
         kept = pq.read_table(folder / "out" / "records", columns=["id"]).column(0).to_pylist()
-        assert len(kept) == target
+        assert selection == "random" or len(kept) == target
         found.add(frozenset(kept))
     assert len(found) == 1
