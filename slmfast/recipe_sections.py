@@ -1,8 +1,10 @@
 """The sections of a recipe, one a stage under the stage's name: what each may say, and what it says by default."""
 
+import re
 from dataclasses import dataclass, field
 
 from slmfast.engines.settings import ENGINES
+from slmfast.errors import UserError
 from slmfast.recipe_values import require
 from slmfast.training.settings import TrainSettings
 
@@ -45,8 +47,14 @@ class Source:
 
     name: str
     format: str  # a name that slmfast.readers knows
-    path: str | list[str]  # files or globs
+    path: str | list[str]  # files or globs; of a dataset on the hub, those in its repository
+    hub: str | None = None  # the dataset, owner/name@commit: the same files every time
     licence: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.hub is not None and re.fullmatch(r"[\w.-]+/[\w.-]+@[0-9a-f]{40}", self.hub) is None:
+            remedy = "give owner/name@commit, with the 40 digits of the commit that its page on the hub shows"
+            raise UserError(f"hub {self.hub!r}: {remedy}")  # the recipe names the section
 
 
 @dataclass(frozen=True, kw_only=True)

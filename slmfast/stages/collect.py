@@ -4,6 +4,8 @@ Sources are read in the recipe's order, which is their priority: of two duplicat
 that can't be one of ours goes to `rejected` with its file, line and reason.
 """
 
+import functools
+import glob
 import itertools
 import os
 from collections.abc import Iterator
@@ -32,8 +34,26 @@ def source_paths(job: Job, source: Source) -> list[Path]:
     """The files of a source, sorted, its globs and variables resolved."""
     check_format(source.name, source.format)
     patterns = [source.path] if isinstance(source.path, str) else source.path
-    key = f"collect.sources.{source.name}.path"
-    return expand_paths([expand(pattern, {"RUN": job.run_dir}, key) for pattern in patterns])
+    key = f"collect.sources.{source.name}"
+    patterns = [expand(pattern, {"RUN": job.run_dir}, f"{key}.path") for pattern in patterns]
+    if source.hub is not None:
+        folder = glob.escape(download_dataset(source.hub, tuple(patterns), f"{key}.hub"))
+        patterns = [f"{folder}/{pattern}" for pattern in patterns]
+    return expand_paths(patterns)
+
+
+@functools.cache
+def download_dataset(name: str, patterns: tuple[str, ...], key: str) -> str:
+    """The folder of a dataset on the hub, "owner/name@commit", here; its files that aren't there yet are fetched."""
+    from huggingface_hub import snapshot_download
+
+    repository, _, commit = name.partition("@")
+    try:
+        return snapshot_download(repository, repo_type="dataset", revision=commit, allow_patterns=list(patterns))
+    except Exception as error:  # the hub's client raises many kinds; the user needs one line about the dataset
+        reason = " ".join(str(error).split())[:150]
+        told = f"{name} can't be fetched from the hub ({reason}): fetch its files yourself, and give their path alone"
+        raise UserError(f"recipe key {key}: {told}") from error
 
 
 def files(job: Job) -> dict[str, list[tuple[str, str]]]:
