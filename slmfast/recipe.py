@@ -36,6 +36,7 @@ from slmfast.recipe_sections import (
     World,
 )
 from slmfast.recipe_values import build, require
+from slmfast.yaml_text import load_yaml
 
 __all__ = [
     "STAGES",
@@ -139,10 +140,14 @@ class Recipe:
             require(not builtin or getattr(given, name) is not None, f"{key}.{name}", f"give {what}")
 
     def require_complete(self, last: str | None = None) -> None:
-        """Raises UserError where a run up to stage `last` has nothing to read or nothing to answer."""
+        """Raises UserError where a run up to stage `last` has nothing to read, nothing to answer, or no judge."""
         require(len(self.collect.sources) > 0, "collect.sources", "name at least one source")
-        evaluates = last is None or STAGES.index(last) >= STAGES.index("evaluate")
-        require(not evaluates or len(self.evaluate.names) > 0, "evaluate.tasks", "name at least one task, or a suite")
+        stages = STAGES[: STAGES.index(last) + 1 if last else None]
+        judges = "rate" in stages or ("diversify" in stages and self.diversify.audit is not None)
+        remedy = "vllm gives no scores here: have the judge run with local, or behind a server"
+        require(not judges or self.engine("judge").kind != "vllm", "engines.judge.kind", remedy)
+        answered = "evaluate" not in stages or len(self.evaluate.names) > 0
+        require(answered, "evaluate.tasks", "name at least one task, or a suite")
 
 
 def load_recipe(path: Path | None, overrides: list[str] | None = None) -> Recipe:
@@ -156,7 +161,7 @@ def load_recipe(path: Path | None, overrides: list[str] | None = None) -> Recipe
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
-        raw = yaml.safe_load(text)
+        raw = load_yaml(text)
     except FileNotFoundError as error:
         raise UserError(f"no recipe at {path}: give the path of a YAML file, or none for the miniature") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -191,7 +196,7 @@ def _override(raw: dict[str, Any], override: str) -> None:
             raise UserError(f"--set {override}: {parent} is not a section of the recipe")
         raw[parent] = raw = dict(section)  # a copy: a YAML alias may stand for the same section elsewhere
     try:
-        raw[last] = yaml.safe_load(text)
+        raw[last] = load_yaml(text)
     except yaml.YAMLError as error:
         raise UserError(f"--set {key}: the value is not YAML") from error
 

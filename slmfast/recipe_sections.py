@@ -1,8 +1,10 @@
 """The sections of a recipe, one a stage under the stage's name: what each may say, and what it says by default."""
 
+import re
 from dataclasses import dataclass, field
 
 from slmfast.engines.settings import ENGINES
+from slmfast.errors import UserError
 from slmfast.recipe_values import require
 from slmfast.training.settings import TrainSettings
 
@@ -45,8 +47,14 @@ class Source:
 
     name: str
     format: str  # a name that slmfast.readers knows
-    path: str | list[str]  # files or globs
+    path: str | list[str]  # files or globs; of a dataset on the hub, those in its repository
+    hub: str | None = None  # the dataset, owner/name@commit: the same files every time
     licence: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.hub is not None and re.fullmatch(r"[\w.-]+/[\w.-]+@[0-9a-f]{40}", self.hub) is None:
+            remedy = "give owner/name@commit, with the 40 digits of the commit that its page on the hub shows"
+            raise UserError(f"hub {self.hub!r}: {remedy}")  # the recipe names the section
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,12 +102,14 @@ class Classify:
 @dataclass(frozen=True, kw_only=True)
 class Diversify:
     target: int = 500_000  # records to keep
+    selection: str = "exact"  # so many, as even as can be; or random: each by itself, so many on average
     min_label_count: int = 10  # labels with fewer records go
     audit: int | None = None  # records of each label that the judge is asked about; no audit unless given
     audit_threshold: float = 0.5  # a label goes where the judge finds a smaller share of them right
 
     def __post_init__(self) -> None:
         require(self.target > 0, "diversify.target", "give a positive number")
+        require(self.selection in ("exact", "random"), "diversify.selection", "use exact or random")
         require(self.min_label_count >= 0, "diversify.min_label_count", "give zero or more")
         require(self.audit is None or self.audit > 0, "diversify.audit", "give a positive number, or null for no audit")
         require(0 <= self.audit_threshold <= 1, "diversify.audit_threshold", "give a share from 0 to 1")

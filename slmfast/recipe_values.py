@@ -43,7 +43,7 @@ _NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true o
 def _number(value: str | int, key: str) -> float:
     try:
         return float(value)
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise UserError(f"recipe key {key}: give a number, not {value!r}") from error
 
 

@@ -10,6 +10,7 @@ from slmfast.commands.tables import format_scores, format_search
 from slmfast.errors import UserError
 from slmfast.recipe import Evaluate, build
 from slmfast.store import only_writer, write_json, write_table
+from slmfast.yaml_text import load_yaml
 
 
 def train(arguments: Namespace) -> None:
@@ -57,7 +58,7 @@ def _setting(text: str) -> tuple[str, Any]:
     if not separator:
         raise UserError(f"--set {text}: write key=value, for instance --set learning_rate=5e-8")
     try:
-        return key, yaml.safe_load(value)
+        return key, load_yaml(value)
     except yaml.YAMLError as error:
         raise UserError(f"--set {text}: the value is not YAML") from error
 

@@ -81,7 +81,8 @@ class OpenAIEngine:
     async def _served_window(self) -> int | None:
         def read(answer: Any) -> int | None:
             limits = {model["id"]: model.get("max_model_len") for model in answer.get("data") or []}
-            return limits.get(self.settings.model)
+            limit = limits.get(self.settings.model)
+            return limit if type(limit) is int and limit > 1 else None
 
         try:
             return await self.client.get("/models", read)
@@ -183,6 +184,8 @@ class OpenAIEngine:
         def read(answer: Any) -> StoredReply:
             values = (answer["choices"][0].get("logprobs") or {}).get("token_logprobs") or []
             if len(values) not in (len(ids), len(ids) + 1) or values[0] is not None:
+                if self.requests.replies > self.requests.refused:  # it does score: this is one odd answer
+                    raise Unreadable
                 raise self.requests.cannot_score(f"it gives {len(values)} log-probabilities for {len(ids)} tokens")
             logprob = math.fsum(values[len(prefix) : len(ids)])
             if not math.isfinite(logprob):
@@ -224,7 +227,9 @@ def _generation(reply: StoredReply, parameters: str) -> Generation:
 
 
 def _usage(answer: dict[str, Any]) -> tuple[int, int | None]:
-    """The tokens read and written, as far as a server tells."""
+    """The tokens read and written, as far as a server tells, and tells what can be."""
     usage = answer.get("usage") or {}
-    tokens = usage.get("completion_tokens")
-    return int(usage.get("prompt_tokens") or 0), None if tokens is None else int(tokens)
+    told = (usage.get(name) for name in ("prompt_tokens", "completion_tokens"))
+    counts = (None if count is None else int(count) for count in told)
+    read, written = (count if count is not None and 0 <= count < 1 << 31 else None for count in counts)
+    return read or 0, written

@@ -87,6 +87,14 @@ def test_another_engine_on_the_same_store_asks_nothing(serve, engine_of):
         second.generate(PROMPTS, max_new_tokens=9)
 
 
+@pytest.mark.parametrize("told", [10**30, -1])
+def test_numbers_of_tokens_that_can_not_be_are_not_taken_over(serve, engine_of, told):
+    engine = engine_of(serve(usage={"prompt_tokens": told, "completion_tokens": told}))
+    reply = engine.generate(["fox"], max_new_tokens=8)[0]
+    assert (reply.text, reply.tokens) == ("reply to fox", len(engine.encoder.replies(["reply to fox"])[0]) + 1)
+    assert engine.requests.tokens_in == 0
+
+
 @pytest.mark.parametrize(
     ("options", "settings", "window"),
     [
@@ -95,6 +103,8 @@ def test_another_engine_on_the_same_store_asks_nothing(serve, engine_of):
         ({"max_model_len": 10**6}, {}, 1024),
         ({"max_model_len": 77}, {"window": 50}, 50),
         ({"no_models": True}, {}, 1024),
+        ({"max_model_len": "77"}, {}, 1024),
+        ({"max_model_len": -1}, {}, 1024),
     ],
 )
 def test_the_window_is_the_smaller_one_and_stays(serve, engine_of, options, settings, window):

@@ -46,3 +46,10 @@ def test_a_server_without_scores_of_given_text_is_noticed(serve, engine_of):
     engine = engine_of(serve(model=str(BUILTIN_MODELS / "large"), echo=False))
     with pytest.raises(UserError, match=r"engines\.large: .* can't score a given text .* kind local, or .* vLLM"):
         engine.choose(["Is it?"], [["yes", "no"]])
+
+
+def test_an_answer_without_scores_between_others_is_asked_for_again(serve, engine_of):
+    engine = engine_of(serve(model=str(BUILTIN_MODELS / "large"), faults={"scoreless": 0.3}, seed=2), concurrency=1)
+    scores = engine.choose(["Is it?", "Or not?", "Who knows?"], [["yes", "no"]] * 3)
+    assert np.isfinite(scores).all()
+    assert engine.client.failures["an answer that can't be read"] > 0
