@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from slmfast.errors import UserError
+from slmfast.fusion_checks import check_same_kind
 from slmfast.fusion_pieces import PIECE, Part, write_average
 from slmfast.model_folder import SINGLE, ModelWeights, check_output, check_same_tensors, write_companions
 from slmfast.reporting.model_card import write_fusion_card
@@ -131,7 +132,7 @@ def fuse(
 
     Raises:
         UserError: no models, one named twice, a bad weight, tensors whose names, shapes or values do not allow an
-            average, or an output that would replace something else.
+            average, different architectures or vocabularies, or an output that would replace something else.
     """
     shares = _normalised(models)
     paths = list(shares)
@@ -142,6 +143,7 @@ def fuse(
         first = parts[0].weights
         for part in parts:
             check_same_tensors(first, part.weights)
+            check_same_kind(first.path, part.weights.path)
         survival = _survival_counter(stack, first, len(paths), kind, base)
         with atomic_path(target) as folder:
             folder.mkdir()

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from slmfast.errors import UserError
 from slmfast.evaluation import evaluate_model, task_files, task_folder
+from slmfast.evaluation.run import load_tasks
 from slmfast.fusion import CARD, fuse
 from slmfast.model_folder import check_output
 from slmfast.recipe import Evaluate
@@ -90,11 +91,11 @@ def search(
         done = _known(state, key)
         for number, shares in enumerate(points):
             if str(shares) not in done:
-                name = " ".join(f"{share * step:g}" for share in shares)
+                name = " ".join(f"{share / sum(shares):g}" for share in shares)
                 print(f"fuse --search: point {number + 1} of {len(points)}, weights {name}", flush=True)
                 done[str(shares)] = _score(paths, shares, development, folder, state.parent, Path(scratch))
                 write_json(state, {"key": key, "points": done})
-    scored = [Point(tuple(share * step for share in shares), **done[str(shares)]) for shares in points]
+    scored = [Point(tuple(share / sum(shares) for share in shares), **done[str(shares)]) for shares in points]
     best = max(scored, key=lambda point: (point.value, -sum(weight**2 for weight in point.weights)))
     document = _document(paths, development, step, scored, best)
     winner = points[scored.index(best)]
@@ -207,17 +208,7 @@ def _questions(settings: Evaluate, folder: Path | None, cache: Path) -> dict[str
 
 
 def _items(settings: Evaluate, folder: Path | None, cache: Path) -> Iterator[tuple[str, int, Mapping[str, Any], str]]:
-    import datasets
-    from lm_eval.tasks import TaskManager
-
-    datasets.config.HF_DATASETS_CACHE = cache
-    datasets.disable_progress_bars()
-    local = folder is not None and all((folder / f"{task}.yaml").exists() for task in settings.tasks)
-    manager = TaskManager(include_path=str(folder) if folder else None, include_defaults=not local)
-    missing = [task for task in settings.tasks if task not in manager.all_tasks]
-    if missing:
-        raise UserError(f"lm-eval knows no task {', '.join(missing)}: name its files' folder with --task-folder")
-    for name, task in sorted(manager.load(list(settings.tasks))["tasks"].items()):
+    for name, task in sorted(load_tasks(settings, folder, cache)["tasks"].items()):
         for number, doc in enumerate(task.eval_docs):
             choices = task.doc_to_choice(doc) if task.config.doc_to_choice is not None else ""
             yield name, number, doc, f"{task.doc_to_text(doc)}\n{choices}\n{task.doc_to_target(doc)}"

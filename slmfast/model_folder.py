@@ -44,6 +44,7 @@ TYPE_NAMES = {
     torch.uint8: "U8",
 }
 _TYPES = {name: dtype for dtype, name in TYPE_NAMES.items()}
+_ELSEWHERE = "choose another output folder"
 
 
 def check_model_folder(path: Path) -> Path:
@@ -63,23 +64,28 @@ class ModelWeights:
 
     def __init__(self, path: Path):
         self.path = check_model_folder(path)
-        self._files: dict[str, Path] = {}
         self._open: dict[Path, Any] = {}
         self._headers: dict[Path, tuple[int, dict[str, Any]]] = {}
         self._descriptors: dict[Path, int] = {}
         self._lock = threading.Lock()
-        for file in self._weight_files():
-            for name in self._handle(file).keys():
-                self._files[name] = file
-        if _read_config(path).get("tie_word_embeddings") and TIED_EMBEDDING in self._files:
+        self._files = self._named_files()
+        if read_config(path).get("tie_word_embeddings") and TIED_EMBEDDING in self._files:
             self._files.pop(TIED_HEAD, None)
+        held = {file: set(self._handle(file).keys()) for file in dict.fromkeys(self._files.values())}
+        for name, file in self._files.items():
+            if name not in held[file]:
+                raise UserError(f"{file} has no tensor {name} though {INDEX} names it: fetch the whole model")
 
-    def _weight_files(self) -> list[Path]:
-        if (self.path / SINGLE).is_file():
-            return [self.path / SINGLE]
-        names = json.loads((self.path / INDEX).read_text(encoding="utf-8"))["weight_map"].values()
-        files = [self.path / name for name in sorted(set(names))]
-        for file in files:
+    def _named_files(self) -> dict[str, Path]:
+        """The file that holds each tensor: the only one, or as the index says."""
+        single, index = self.path / SINGLE, self.path / INDEX
+        if single.is_file():
+            return dict.fromkeys(self._handle(single).keys(), single)
+        named = _read_object(index).get("weight_map")
+        if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
+            raise UserError(f"{index} has no weight_map: fetch or save the model again")
+        files = {name: self.path / file for name, file in sorted(named.items())}
+        for file in sorted(set(files.values())):
             if not file.is_file():
                 raise UserError(f"{file} is missing though {INDEX} names it: fetch the whole model")
         return files
@@ -226,7 +232,7 @@ def write_companions(source: Path, target: Path, dtype: torch.dtype) -> None:
         copied = file.is_file() and not file.name.endswith(NOT_COPIED) and file.name not in NOT_COPIED_NAMES
         if copied and not file.name.startswith("."):
             shutil.copyfile(file, target / file.name)
-    config = _read_config(source)
+    config = read_config(source)
     config.pop("torch_dtype", None)
     config["dtype"] = str(dtype).removeprefix("torch.")
     _write_json(target / "config.json", config)
@@ -236,27 +242,41 @@ def write_companions(source: Path, target: Path, dtype: torch.dtype) -> None:
 
 
 def check_output(output: Path, card: str, inputs: Iterable[Path]) -> None:
-    """Refuses to put a model where it would replace anything but an earlier result of the same kind.
+    """Refuses to put a model where it would replace anything but an earlier result of its kind, or change an input.
 
     Args:
         card: the file that marks such a result.
     """
+    place = output.resolve()
     for path in inputs:
-        if output.resolve() == Path(path).resolve():
-            raise UserError(f"{output} is also an input: choose another output folder")
+        other = Path(path).resolve()
+        if place == other:
+            raise UserError(f"{output} is also an input: {_ELSEWHERE}")
+        if place in other.parents or other in place.parents:
+            how = "holds" if place in other.parents else "lies in"
+            raise UserError(f"{output} {how} the input {path}: {_ELSEWHERE}")
     if output.exists() and not (output.is_dir() and ((output / card).is_file() or not any(_entries(output)))):
-        raise UserError(f"{output} exists and holds no {card} of an earlier run: choose another output folder")
+        raise UserError(f"{output} exists and holds no {card} of an earlier run: {_ELSEWHERE}")
 
 
 def _entries(folder: Path) -> Iterator[Path]:
     return (entry for entry in folder.iterdir() if entry.name != ".work")
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
+    """The config.json of a model folder."""
+    return _read_object(path / "config.json")
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object."""
     try:
-        return json.loads((path / "config.json").read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{path / 'config.json'} is damaged ({error}): fetch or save the model again") from error
+        raise UserError(f"{path} is damaged ({error}): fetch or save the model again") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds no JSON object: fetch or save the model again")
+    return value
 
 
 def _write_json(path: Path, value: Any) -> None:

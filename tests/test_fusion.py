@@ -180,6 +180,26 @@ def test_models_that_do_not_match_are_named(models, tmp_path):
     assert not (tmp_path / "fused").exists()
 
 
+def tokenizer(*tokens, added=()):
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    made = [{"id": len(tokens) + i, "content": token} for i, token in enumerate(added)]
+    return json.dumps({"model": {"type": "BPE", "vocab": vocabulary}, "added_tokens": made})
+
+
+def test_equal_shapes_of_different_kinds_are_no_parts_of_one_model(models, tmp_path):
+    first, second = models[:2]
+    (first / "tokenizer.json").write_text(tokenizer("a", "b", "c"))
+    (second / "tokenizer.json").write_text(tokenizer("a", "b", "c", added=["<pad>"]))
+    fuse({first: 1, second: 1}, tmp_path / "one")  # a token more, beyond the others, changes none of them
+    (second / "tokenizer.json").write_text(tokenizer("a", "c", "b"))
+    with pytest.raises(UserError, match=r"S1 and .*S2 have different vocabularies \(token 1 is 'b' and 'c'\)"):
+        fuse({first: 1, second: 1}, tmp_path / "fused")
+    heads = [save(tmp_path / f"h{n}", tensors(n), num_attention_heads=n) for n in (2, 4)]
+    with pytest.raises(UserError, match=r"num_attention_heads is 2 in .*h2 and 4 in .*h4: take models of one arch"):
+        fuse(dict.fromkeys(heads, 1), tmp_path / "fused")
+    assert not (tmp_path / "fused").exists()
+
+
 @pytest.mark.parametrize("weight", [-0.1, float("nan"), True, "half"])
 def test_bad_weights_are_named(models, tmp_path, weight):
     with pytest.raises(UserError, match=r"the fusion weight of .*S2 is"):
@@ -213,6 +233,16 @@ def test_nothing_to_fuse_and_nowhere_to_put_it(models, tmp_path):
         fuse({models[0]: 1}, models[0])
     with pytest.raises(UserError, match=r"holds no fusion\.json"):
         fuse({models[0]: 1}, models[1])
+    with pytest.raises(UserError, match=r"fused lies in the input .*S1: choose another output folder"):
+        fuse({models[0]: 1}, models[0] / "fused")
+
+
+def test_an_input_inside_the_output_stays(models, tmp_path):
+    fuse({models[0]: 1}, tmp_path / "fused")
+    inner = save(tmp_path / "fused" / "inner", tensors(4))
+    with pytest.raises(UserError, match=r"fused holds the input .*inner: choose another output folder"):
+        fuse({inner: 1, models[0]: 1}, tmp_path / "fused")
+    assert (inner / "model.safetensors").is_file()
     with pytest.raises(UserError, match="nowhere is no model folder"):
         fuse({tmp_path / "nowhere": 1}, tmp_path / "fused")
     with pytest.raises(UserError, match="dtype is 'int8'"):
@@ -299,3 +329,20 @@ def test_damaged_weights_are_named(models):
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(UserError, match="can't be read as safetensors"), ModelWeights(models[0]) as weights:
         weights["model.norm.weight"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "index.json is damaged"),
+        ("[]", "index.json holds no JSON object"),
+        ("{}", "index.json has no weight_map"),
+        ('{"weight_map": {"x": "model-00000.safetensors"}}', "model-00000.safetensors has no tensor x though"),
+        ('{"weight_map": {"x": "model-9.safetensors"}}', "model-9.safetensors is missing though"),
+    ],
+)
+def test_a_damaged_index_is_named(tmp_path, text, message):
+    folder = save(tmp_path / "parts", tensors(0), shards=2)
+    (folder / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(UserError, match=message):
+        ModelWeights(folder)

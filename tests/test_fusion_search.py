@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from slmfast import fusion_search
 from slmfast.cli import main
 from slmfast.errors import UserError
-from slmfast.evaluation import Evaluation
+from slmfast.evaluation import Evaluation, suite
 from slmfast.fusion import fuse
 from slmfast.fusion_search import grid, search
 from slmfast.job import BUILTIN_MODELS
@@ -150,6 +150,24 @@ def test_an_item_of_the_test_chooses_no_weights(models, hill, tmp_path):
         search(models, tmp_path / "best", development, test=development)
     found = search(models, tmp_path / "best", development, step=0.5, test=Evaluate(tasks=["other"], **where))
     assert len(found["points"]) == 6
+
+
+def test_a_step_that_is_no_binary_fraction_has_its_corners(models, hill, tmp_path):
+    found = search(models[:2], tmp_path / "best", DEVELOPMENT, step=0.3333333333)
+    assert [point["weights"] for point in found["points"]] == [(1.0, 0.0), (2 / 3, 1 / 3), (1 / 3, 2 / 3), (0.0, 1.0)]
+
+
+def test_the_questions_of_humaneval_are_read_without_a_metric_that_runs_them(models, hill, tmp_path, monkeypatch):
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    _tasks(folder, "dev", [_row(n) for n in range(4)])
+    item = {"prompt": "def f():\n", "test": "def check(f): pass", "entry_point": "f"}
+    (folder / "he.jsonl").write_text(json.dumps(item) + "\n")
+    data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(folder / "he.jsonl")}}}
+    monkeypatch.setattr(suite, "_local", lambda *given: data)
+    development = Evaluate(tasks=["dev"], task_folder=str(folder), data=str(folder))
+    test = Evaluate(tasks=["humaneval"], run_generated_code=True)
+    assert len(search(models, tmp_path / "best", development, step=1, test=test)["points"]) == 3
 
 
 @pytest.mark.parametrize(

@@ -330,9 +330,15 @@ def test_sets_training_fusion_and_choices(page, markdown):
     assert (sizes["SFT rows"], sizes["KTO rows"], sizes["positives for each negative"]) == (["246"], ["369"], ["2.00"])
     assert page.table("The three trainings")["loss, first step"] == ["2.0000"] * 3
     assert page.table("Fusion")["S1"] == ["0.3333", "d" * 32]
-    for words in ("undesirable weight of 1.5", "Evaluated in fp32 with our harness", "slmfast run"):
+    for words in ("undesirable weight of 1.5", "Evaluated in float32 with our harness", "slmfast run"):
         assert words in page.text
         assert words in markdown
+
+
+def test_the_precision_told_is_that_of_the_evaluation(job):
+    low = dataclasses.replace(job.recipe, evaluate=dataclasses.replace(job.recipe.evaluate, dtype="bfloat16"))
+    markdown = render(dataclasses.replace(job, recipe=low), render_markdown)
+    assert markdown.count("valuated in bfloat16 with our harness") == 2 and "evaluated in fp32" not in markdown
 
 
 def test_the_note_stands_before_all_figures(text, markdown):

@@ -155,6 +155,21 @@ def test_the_papers_scores_stand_beside_its_own_base_model_alone():
     assert list(table.rows[0][:3]) == ["mmlu", "50.0", "100.0"] and list(table.rows[0][-2:]) == ["37.90", "39.07"]
 
 
+def test_every_pair_has_a_row_with_both_errors_in_one():
+    gap = {"value": 0.05, "stderr_seeds": 0.03, "stderr_items": 0.04}
+    more = {"value": -0.01, "stderr_seeds": None, "stderr_items": 0.02}
+    pairs = [{"model": "S3", "less": "S1"}, {"model": "S1", "less": "base"}]
+    found = [
+        pair | {"task": task} | errors
+        for pair, errors in zip(pairs, (gap, more), strict=True)
+        for task in ("a", "b", MEAN)
+    ]
+    table = tables.differences(found)
+    assert table.header == ["model", "less", "a", "b", MEAN]
+    assert table.rows == [["S3", "S1", *["+5.0 ± 5.0"] * 3], ["S1", "base", *["-1.0 ± 2.0"] * 3]]
+    assert tables.differences([row for row in found if row["task"] != "b"]).header == ["model", "less", "a"]
+
+
 def test_critical_batches_follow_the_law():
     assert batch_size.critical_batch(1.0) == pytest.approx(2e8)
     ratio = batch_size.critical_batch(2.0) / batch_size.critical_batch(4.0)
@@ -263,6 +278,10 @@ def test_the_page_has_the_papers_tables_and_says_how_to_do_it_again(study):
     folder, _ = study
     markdown = (folder / "report.md").read_text(encoding="utf-8")
     for words in ("Table 4-1", "Table 4-2", "Table 4-3", "Table 4-4", "Figure 4-2", "Figure 4-4", "Figure 4-6"):
+        assert words in markdown
+    for gap in json.loads((folder / "study.json").read_text())["differences"]:
+        assert f"\n| {gap['model']} | {gap['less']} | " in markdown
+    for words in ("peak learning rate", "mini_text, mini_compare; float32, chat template, greedy; of each task the"):
         assert words in markdown
     assert "slmfast study recipe.yaml" in markdown and "## Samples" in markdown and "Kaplan" in markdown
     assert "src=" not in (folder / "report.html").read_text(encoding="utf-8")

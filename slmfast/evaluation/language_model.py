@@ -150,6 +150,8 @@ class PackedLM(TemplateLM):
             # The last token is predicted and never read.
             if len(context) + len(continuation) - 1 > self.max_length:
                 raise _Refused(number, self._too_long(len(context) + len(continuation)))
+            if len(context) == 0:
+                raise _Refused(number, "has a question without tokens: mend the task's doc_to_text")
             if len(continuation) == 0:
                 raise _Refused(number, "has a choice without tokens: mend the task's doc_to_choice")
             members[np.asarray(context, dtype=np.int32).tobytes()].append(number)

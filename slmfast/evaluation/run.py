@@ -16,7 +16,7 @@ Samples = list[dict[str, Any]]
 class Evaluation(NamedTuple):
     """One model's scores by task, one row an item, and what each task was put with.
 
-    A row has `task`, `subset` (of a group, the task that the item is of), `item`, `value` (what the task's first metric
+    A row has `task`, `subset` (of a group, the task that the item is of), `item`, `value` (what the task's score metric
     gives it) and `output` (the reply, or the log-probabilities of the choices as JSON).
     """
 
@@ -36,10 +36,13 @@ def evaluate_model(
         data: the folder of a suite's local files; None for the hub's.
 
     Raises:
-        UserError: a task is unknown, its data can't be read, it runs programs without the suite's sandbox, or an item
-            doesn't fit in the model's window: lm-eval would cut it silently.
+        UserError: a task is unknown, has no score that is a mean over items, its data can't be read, it runs programs
+            without the suite's sandbox, or an item doesn't fit in the model's window: lm-eval would cut it silently.
     """
+    from slmfast.evaluation.metrics import score_metric
+
     tasks = load_tasks(settings, folder, cache, data)
+    metrics = {task: score_metric(task, tasks) for task in settings.names}
     from lm_eval.evaluator import evaluate
 
     from slmfast.evaluation.language_model import PackedLM
@@ -59,9 +62,9 @@ def evaluate_model(
         log_samples=True,
         bootstrap_iters=1000,
     )
-    scores = {task: _score(results, task) for task in settings.names}
-    items = [row for task in settings.names for row in _items(results, task)]
-    return Evaluation(scores, items, {task: _settings(results, task) for task in settings.names})
+    scores = {task: _score(results, task, metric) for task, metric in metrics.items()}
+    items = [row for task, metric in metrics.items() for row in _items(results, task, metric)]
+    return Evaluation(scores, items, {task: _settings(results, task, metric) for task, metric in metrics.items()})
 
 
 def load_tasks(settings: Evaluate, folder: Path | None, cache: Path, data: Path | None = None) -> dict[str, Any]:
@@ -119,14 +122,13 @@ def _leaves(results: dict[str, Any], task: str) -> list[str]:
     return [leaf for child in children for leaf in _leaves(results, child)] or [task]
 
 
-def _metric(results: dict[str, Any], task: str) -> tuple[str, str]:
-    """The first metric and filter that a task, or a group's first task, declares."""
-    leaf = _leaves(results, task)[0]
-    return results["configs"][leaf]["metric_list"][0]["metric"], results["samples"][leaf][0]["filter"]
+def _filter(results: dict[str, Any], task: str) -> str:
+    """The first filter that a task, or a group's first task, declares."""
+    return results["samples"][_leaves(results, task)[0]][0]["filter"]
 
 
-def _score(results: dict[str, Any], task: str) -> dict[str, Any]:
-    metric, name = _metric(results, task)
+def _score(results: dict[str, Any], task: str, metric: str) -> dict[str, Any]:
+    name = _filter(results, task)
     row = results["results"][task]
     stderr = row.get(f"{metric}_stderr,{name}")
     return {
@@ -136,8 +138,8 @@ def _score(results: dict[str, Any], task: str) -> dict[str, Any]:
     }
 
 
-def _items(results: dict[str, Any], task: str) -> Iterator[dict[str, Any]]:
-    metric, name = _metric(results, task)
+def _items(results: dict[str, Any], task: str, metric: str) -> Iterator[dict[str, Any]]:
+    name = _filter(results, task)
     for leaf in sorted(_leaves(results, task)):
         for sample in results["samples"][leaf]:
             if sample["filter"] == name:
@@ -153,18 +155,21 @@ def _output(responses: list[list[Any]]) -> str:
     return json.dumps([value[0] if isinstance(value, tuple) else value for value in first])
 
 
-def _settings(results: dict[str, Any], task: str) -> dict[str, Any]:
-    metric, name = _metric(results, task)
+def _settings(results: dict[str, Any], task: str, metric: str) -> dict[str, Any]:
     leaf = _leaves(results, task)[0]
-    return {"shots": results["n-shot"][leaf], "metric": metric, "filter": name}
+    return {"shots": results["n-shot"][leaf], "metric": metric, "filter": _filter(results, task)}
 
 
 def described(settings: Evaluate, data: Path | None = None) -> str:
-    """What decides on the scores, in one line: worked examples, precision, template and where the data is from."""
+    """What decides on the scores, in one line: worked examples, precision, template and where the data is from.
+
+    Args:
+        data: the folder of a suite's files, where it isn't told as the settings have it.
+    """
     pinned = SUITES.get(settings.suite or "", {})
     tasks = ", ".join(f"{task} {pinned[task]}-shot" if task in pinned else task for task in settings.names)
     name = f"suite {settings.suite}: " if settings.suite else ""
     template = "chat template" if settings.templated else "bare text"
-    source = f"; data from {data or 'the hub'}" if settings.suite else ""
-    limit = f"; the first {settings.limit} items of each task" if settings.limit else ""
+    source = f"; data from {data or settings.data or 'the hub'}" if settings.suite else ""
+    limit = f"; of each task the first {settings.limit:,} items" if settings.limit else ""
     return f"{name}{tasks}; {settings.dtype}, {template}, greedy{source}{limit}"

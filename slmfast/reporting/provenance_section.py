@@ -20,9 +20,10 @@ def method_section(run: RunFolder) -> Section:
         *_class_weights(run),
         f"The KTO set aims at {wanted:g} positives for each negative, and keeps replies to one prompt from being "
         "neighbours.",
-        "Weights are trained, stored, fused and evaluated in fp32: at the method's learning rates a bf16 weight would "
-        "keep almost nothing of the update.",
-        f"Evaluated in fp32 with our harness, the base model included;{limits} published scores are not comparable.",
+        "Weights are trained, stored and fused in fp32: at the method's learning rates a bf16 weight would keep almost "
+        "nothing of the update.",
+        f"Evaluated in {run.recipe.evaluate.dtype} with our harness, the base model included;{limits} published scores "
+        "are not comparable.",
         "Perplexity is conditional on the prompt and only breaks ties among replies of equal safety and quality.",
     ]
     return Section("Choices and deviations", [Text(part) for part in parts])

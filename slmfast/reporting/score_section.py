@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
+from slmfast.evaluation.run import described
 from slmfast.recipe import TRAINED
 from slmfast.reporting import plots
 from slmfast.reporting.document import NOTHING, Block, Plot, Section, Table, Text, with_error
@@ -33,8 +34,9 @@ def scores_section(run: RunFolder) -> Section | None:
     rows.append(["items", *_items(scores, tasks), *([NOTHING] if len(tasks) > 1 else [])])
     blocks: list[Block] = [
         Text(
-            "Every model, the base included, is evaluated in fp32 with our harness (lm-eval) on the same items; scores "
-            "that others published were measured otherwise and don't compare. Each figure has its standard error."
+            f"Every model, the base included, is evaluated in {run.recipe.evaluate.dtype} with our harness (lm-eval) "
+            "on the same items; scores that others published were measured otherwise and don't compare. Each figure "
+            f"has its standard error. How the questions were put: {described(run.recipe.evaluate)}."
         ),
         Table("Scores", ["model", *columns], rows),
         Plot("Scores; the bars show one standard error to each side", plots.points(columns, _bars(values), "score")),

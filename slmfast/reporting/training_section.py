@@ -20,11 +20,10 @@ Log = list[dict[str, Any]]
 
 def training_section(run: RunFolder) -> Section | None:
     """Settings, first and last losses, loss curves of S1, S2 and S3, and KTO's rewards."""
-    logs = {name: run.json("train", name, "training_log.json") or [] for name in TRAINED}
-    logs = {name: log for name, log in logs.items() if log}
+    logs = _logs(run)
     if not logs:
         return None
-    blocks: list[Block] = [_settings(run, logs)]
+    blocks: list[Block] = [trainings_table(run)]
     for method, words in (
         ("sft", "SFT loss: nats a token of the reply"),
         ("kto", "KTO loss: mean of a step's samples"),
@@ -42,6 +41,11 @@ def training_section(run: RunFolder) -> Section | None:
     return Section("Training", blocks)
 
 
+def _logs(run: RunFolder) -> dict[str, Log]:
+    logs = {name: run.json("train", name, "training_log.json") or [] for name in TRAINED}
+    return {name: log for name, log in logs.items() if log}
+
+
 def _method(run: RunFolder, name: str) -> str:
     return getattr(run.recipe.train, name).method
 
@@ -56,8 +60,9 @@ def _is_finite(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def _settings(run: RunFolder, logs: dict[str, Log]) -> Table:
-    columns = []
+def trainings_table(run: RunFolder) -> Table:
+    """The settings, sizes and ends of S1, S2 and S3, a column each."""
+    columns, logs = [], _logs(run)
     for name, log in logs.items():
         settings = getattr(run.recipe.train, name)
         card = run.json("train", name, "training.json") or {}

@@ -1,12 +1,15 @@
 """The study's page: what was found, the paper's tables and figures, samples, and how to do it again."""
 
+import dataclasses
 from typing import Any
 
 from slmfast import __version__
+from slmfast.evaluation.run import described
 from slmfast.recipe import STAGES, TRAINED, dump_recipe
 from slmfast.reporting.document import Block, Code, Document, Example, Reply, Section, Table, Text, shortened
 from slmfast.reporting.provenance_section import environment, method_section
 from slmfast.reporting.run_folder import RunFolder
+from slmfast.reporting.training_section import trainings_table
 from slmfast.study import drawings, tables
 from slmfast.study.batch_size import in_words
 from slmfast.study.plan import FUSED, PAPER_RATES, Plan, written
@@ -40,7 +43,8 @@ def build_page(
         *(_single(results, model, published, plan.recipe.seed) for model in METHODS),
         _fusion(plan, results),
         *([_rates(plan, results, study)] if plan.rates else []),
-        Section("Training", drawings.losses(plan, [seed_folder(folder, seed) for seed in plan.seeds])),
+        _differences(study),
+        _training(plan, run, folder),
         *([_samples(samples)] if samples else []),
         _method(plan, results),
         method_section(run),
@@ -122,6 +126,21 @@ def _rates(plan: Plan, results: Results, study: dict[str, Any]) -> Section:
     return Section("Learning rates and batch size", blocks)
 
 
+def _differences(study: dict[str, Any]) -> Section:
+    words = (
+        "Each is taken seed by seed and item by item, so what both models get wrong alike is no noise. Many pairs are "
+        "compared here: of twenty differences that are none, one is expected beyond twice its error. study.json has "
+        "the two errors apart, and the intervals over items."
+    )
+    return Section("Differences", [Text(words), tables.differences(study["differences"])])
+
+
+def _training(plan: Plan, run: RunFolder, folder: Any) -> Section:
+    table = trainings_table(run)
+    table = dataclasses.replace(table, caption=f"{table.caption} of seed {plan.seeds[0]}")
+    return Section("Training", [table, *drawings.losses(plan, [seed_folder(folder, seed) for seed in plan.seeds])])
+
+
 def _samples(samples: list[dict[str, Any]]) -> Section:
     examples = [
         Example(
@@ -156,7 +175,7 @@ def _method(plan: Plan, results: Results) -> Section:
         "itself uncertain: of three, the true one may well be half or twice as large.",
         "The intervals over items are a paired bootstrap: 10,000 times as many items are drawn anew, the same ones for "
         "both models, with each item's value averaged over the seeds. They hold 95 % of the differences.",
-        "All models answer the same items in fp32 with our harness (lm-eval).",
+        f"All models answer the same items with our harness (lm-eval): {described(plan.recipe.evaluate)}.",
     ]
     return Section("How the errors are made", [*map(Text, parts), tables.by_seed(results)])
 

@@ -108,6 +108,7 @@ def _trained(plan: Plan, recipe: Recipe, run_dir: Path) -> dict[str, Path]:
             print(f"study: {rate.name} is SFT at {rate.settings.learning_rate:g}", flush=True)
             train_sft(base, data, output, rate.settings, seed=recipe.seed, threads=recipe.threads or 0, work=work)
         found[rate.name] = output
+    remove(run_dir / "rates" / WORK)
     return found
 
 

@@ -1,5 +1,9 @@
 """The study's tables: scores in points of a hundred, each with its standard error over seeds."""
 
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from slmfast.recipe import TRAINED
 from slmfast.reporting.document import NOTHING, Table, whole
 from slmfast.study.errors import Difference, Mean, difference, seed_mean
@@ -53,6 +57,24 @@ def against_base(results: Results, model: str, caption: str, published: Publishe
         row += gained(difference(results, model, BASE, task, seed))
         rows.append(row + ([_published(results, published, name, task) for name in (BASE, model)] if names else []))
     return Table(caption, [*header, *names], rows)
+
+
+def differences(found: Sequence[Mapping[str, Any]]) -> Table:
+    """Every pair of models that the study compares: by task in points, with the errors of seeds and items together.
+
+    Args:
+        found: the differences of study.json.
+    """
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    for gap in found:
+        error = math.hypot(gap["stderr_seeds"] or 0.0, gap["stderr_items"])
+        cell = f"{100 * gap['value']:+.1f} ± {100 * error:.1f}"
+        rows.setdefault((gap["model"], gap["less"]), {})[gap["task"]] = cell
+    names = list(dict.fromkeys(gap["task"] for gap in found))
+    names = names if len(names) > 2 else names[:1]  # of one task the mean says the same
+    cells = [[model, less, *(row[name] for name in names)] for (model, less), row in rows.items()]
+    caption = "Paired differences in points ± the standard error of seeds and items together"
+    return Table(caption, ["model", "less", *names], cells, 2)
 
 
 def mixes(plan: Plan, results: Results) -> Table:

@@ -19,7 +19,9 @@ def test_two_models_side_by_side(tmp_path, capsys):
     data, output = ["--data", str(tmp_path / "raw" / "eval")], tmp_path / "out" / "scores.json"
     assert main(["evaluate", *models, *tasks, *data, "--limit", "30", "-o", str(output)]) == 0
     said = capsys.readouterr().out
-    assert "evaluate: mini_compare, mini_lexicon; float32, chat template, greedy; the first 30 items" in said
+    assert (
+        "evaluate: mini_compare, mini_lexicon; float32, chat template, greedy; of each task the first 30 items" in said
+    )
     scores = json.loads(output.read_text())
     differences = json.loads((tmp_path / "out" / "scores.differences.json").read_text())
     assert [(row["model"], row["less"], row["task"]) for row in differences] == [

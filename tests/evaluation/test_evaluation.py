@@ -6,6 +6,7 @@ import pytest
 
 from slmfast.errors import UserError
 from slmfast.evaluation import evaluate_model, task_folder
+from slmfast.evaluation.metrics import score_metric
 from slmfast.job import BUILTIN_MODELS
 from slmfast.recipe import Evaluate
 
@@ -77,3 +78,41 @@ def test_a_question_over_the_window_is_refused(tmp_path):
     folder = task_folder(str(tmp_path / "tasks"), str(tmp_path), tmp_path / "work")
     with pytest.raises(UserError, match="item 0 of task long takes"):
         evaluate_model(MODEL, Evaluate(tasks=["long"]), folder, tmp_path / "cache")
+
+
+def task_of(folder, name, lines):
+    folder.mkdir(exist_ok=True)
+    (folder / "d.jsonl").write_text("\n".join(json.dumps({"q": f"{i}?", "a": str(i)}) for i in range(3)) + "\n")
+    (folder / f"{name}.yaml").write_text(
+        f"task: {name}\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {folder}/d.jsonl}}}}\n"
+        f"test_split: test\ndoc_to_text: '{{{{q}}}}'\ndoc_to_target: ' {{{{a}}}}'\n{lines}"
+    )
+    return folder
+
+
+def test_a_score_is_a_mean_over_items_and_higher_where_better(tmp_path):
+    """A perplexity beside an accuracy is passed over; alone it is refused before any model is read."""
+    perplexity = "{metric: perplexity, aggregation: perplexity, higher_is_better: false}"
+    accuracy = "{metric: acc, aggregation: mean, higher_is_better: true}"
+    tasks = task_of(tmp_path / "t", "both", f"output_type: loglikelihood\nmetric_list: [{perplexity}, {accuracy}]\n")
+    result = evaluate_model(MODEL, Evaluate(tasks=["both"]), tasks, tmp_path / "cache")
+    assert result.settings["both"]["metric"] == "acc"
+    assert result.scores["both"]["value"] == pytest.approx(sum(row["value"] for row in result.items) / 3)
+    task_of(tmp_path / "t", "rolling", "output_type: loglikelihood_rolling\nmetric_list: [{metric: word_perplexity}]\n")
+    with pytest.raises(UserError, match=r"task rolling has no metric that is a mean over items .*\(word_perplexity\)"):
+        evaluate_model("nowhere", Evaluate(tasks=["rolling"]), tasks, tmp_path / "cache")
+
+
+def test_a_group_is_scored_over_all_its_items(tmp_path):
+    accuracy = "{metric: acc, aggregation: mean, higher_is_better: true}"
+    for name in ("one", "two"):
+        tasks = task_of(tmp_path / "t", name, f"output_type: loglikelihood\nmetric_list: [{accuracy}]\n")
+    for name, weigh in (("whole", "true"), ("uneven", "false")):
+        aggregated = f"aggregate_metric_list: [{{metric: acc, aggregation: mean, weight_by_size: {weigh}}}]\n"
+        (tasks / f"{name}.yaml").write_text(f"group: {name}\ntask: [one, two]\n{aggregated}")
+    result = evaluate_model(MODEL, Evaluate(tasks=["whole"]), tasks, tmp_path / "cache")
+    assert result.scores["whole"]["n"] == len(result.items) == 6
+    with pytest.raises(UserError, match="task uneven is a group that has no score"):
+        evaluate_model("nowhere", Evaluate(tasks=["uneven"]), tasks, tmp_path / "cache")
+    with pytest.raises(UserError, match="task tagged stands for several tasks"):
+        score_metric("tagged", {"tasks": {}, "groups": {}})

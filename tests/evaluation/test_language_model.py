@@ -163,6 +163,8 @@ def test_refusals_name_the_item(small, packed, monkeypatch):
         packed.loglikelihood(asked("loglikelihood", fits, ("one two three " * 9, " 4")))
     with pytest.raises(UserError, match="item 0 of task t has a choice without tokens"):
         packed.loglikelihood(asked("loglikelihood", ("1 2 3", "")))
+    with pytest.raises(UserError, match="item 0 of task t has a question without tokens"):
+        packed.loglikelihood(asked("loglikelihood", (" ", "4")))
     with pytest.raises(UserError, match=r"item 1 of task t takes \d+ tokens"):
         packed.generate_until(asked("generate_until", ("1", {"max_gen_toks": 4}), ("1 2 3 " * 4, {"max_gen_toks": 8})))
     with pytest.raises(UserError, match=r"task t: generation_kwargs\.num_beams is not known here"):
