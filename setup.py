@@ -22,6 +22,7 @@ if sanitizers := os.environ.get("SLMFAST_SANITIZE"):
 setup(
     packages=[
         "slmfast",
+        "slmfast.commands",
         "slmfast.engines",
         "slmfast.evaluation",
         "slmfast.kernels",

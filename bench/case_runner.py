@@ -3,11 +3,12 @@
 import sys
 import time
 import traceback
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from result_table import Result, table
+from result_table import Result, document, table, write_document
 
 from slmfast.errors import UserError
 
@@ -61,3 +62,40 @@ def run_cases(
                 print(f"{name}\n{table(rows)}\n", flush=True)
             done(results)
     return results
+
+
+def run_bench(
+    bench: str,
+    cases: Mapping[str, Callable[[Any], Iterator[Result]]],
+    context: Notes,
+    options: Namespace,
+    on: str | None = None,
+    *,
+    empty_fails: bool = False,
+) -> int:
+    """Runs the cases that --case names, all by default, and prints what gave no figure and the line of JSON.
+
+    The line goes to --out, too, after every case: a run that is stopped leaves what it has.
+
+    Args:
+        options: with `case`, `out` and `threads`.
+        on: names the device where it is not the processor.
+        empty_fails: whether it is a failure, too, that there is no figure at all.
+
+    Returns:
+        The exit code: 1 if any answer that should be the same was not, or if our own side failed.
+    """
+
+    def text(results: list[Result]) -> str:
+        return document(bench, options.threads, results, on)
+
+    def keep(results: list[Result]) -> None:
+        if options.out:
+            write_document(options.out, text(results))
+
+    results = run_cases(cases, context, options.case or list(cases), keep)
+    for failure in context.failures:
+        print(f"no figure: {failure}")
+    print(text(results))
+    differs = any(result.same_answer is False for result in results)
+    return 1 if differs or context.broken or (empty_fails and not results) else 0

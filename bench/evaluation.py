@@ -26,10 +26,11 @@ sys.path.insert(0, str(Path(__file__).parent))  # the other files of this folder
 
 import timing
 import torch
-from case_runner import Notes, run_cases
+from case_runner import Notes, run_bench
+from devices import chosen_device, device_name
 from evaluation_gate import accuracy, furthest, same_answer
 from inputs import data_folder
-from result_table import Result, document, write_document
+from result_table import Result
 from scoring_model import SHAPES, model_config, random_model, with_layers
 
 from slmfast.errors import UserError
@@ -168,10 +169,7 @@ def open_context(options: argparse.Namespace) -> Context:
         value = getattr(options, flag)
         if value is not None and not 1 <= value <= (most or value):
             raise UserError(f"--{flag} is {value}: give a number from 1{f' to {most}' if most else ''}")
-    cuda = torch.cuda.is_available()
-    if options.device == "cuda" and not cuda:
-        raise UserError("--device cuda: torch sees no CUDA device; give --device cpu")
-    device = torch.device(options.device or ("cuda" if cuda else "cpu"))
+    device = chosen_device(options.device)
     data = data_folder()
     if data is None or not all((data / name).is_dir() for name in (*SUBJECTS, DEFAULT)):
         raise UserError(f"no items: set SLMFAST_DATA to a folder that holds {', '.join(SUBJECTS)} and {DEFAULT}")
@@ -201,23 +199,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     options = parser().parse_args(argv)
     context = open_context(options)
-    device = next(context.model.parameters()).device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     print(f"{context.what}, random weights, {options.threads} threads\n", flush=True)
-
-    def text(results: list[Result]) -> str:
-        return document("evaluation", options.threads, results, name)
-
-    def keep(results: list[Result]) -> None:
-        if options.out:  # after every case: a run that is stopped leaves what it has
-            write_document(options.out, text(results))
-
-    results = run_cases(CASES, context, options.case or list(CASES), keep)
-    for failure in context.failures:
-        print(f"no figure: {failure}")
-    print(text(results))
-    differs = any(result.same_answer is False for result in results)
-    return 1 if differs or context.broken else 0
+    return run_bench("evaluation", CASES, context, options, device_name(next(context.model.parameters()).device))
 
 
 if __name__ == "__main__":

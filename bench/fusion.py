@@ -23,9 +23,9 @@ sys.path.insert(0, str(Path(__file__).parent))  # the other files of this folder
 
 import numpy as np
 import torch
-from case_runner import Notes, run_cases
+from case_runner import Notes, run_bench
 from own_child import measured
-from result_table import Result, document, write_document
+from result_table import Result
 
 from slmfast.errors import UserError
 from slmfast.model_folder import SINGLE, write_tensors
@@ -186,14 +186,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"{scratch} has no room for {needed / 1e9:.1f} GB: give another place with --folder")
         context = Context(folder=Path(scratch), runs=options.runs, threads=options.threads)
         make_models(context, options.scale)
-        results = run_cases(CASES, context, options.case or list(CASES), done=lambda rows: None)
-    for failure in context.failures:
-        print(f"no figure: {failure}")
-    text = document("fusion", options.threads, results)
-    if options.out:
-        write_document(options.out, text)
-    print(text)
-    return 1 if context.broken or any(result.same_answer is False for result in results) else 0
+        return run_bench("fusion", CASES, context, options)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))  # the other files of this folder, which is in no package
 
 import torch
-from case_runner import run_cases
+from case_runner import run_bench
+from devices import chosen_device, device_name
 from inputs import data_folder
 from result_table import Result, document, table, write_document
 from scoring_cases import long_case, padded_case, sharing_case, short_case
@@ -99,10 +100,7 @@ def open_context(options: argparse.Namespace) -> Context:
     Raises:
         UserError: there is no such device, configuration or tokenizer.
     """
-    cuda = torch.cuda.is_available()
-    if options.device == "cuda" and not cuda:
-        raise UserError("--device cuda: torch sees no CUDA device; give --device cpu")
-    device = torch.device(options.device or ("cuda" if cuda else "cpu"))
+    device = chosen_device(options.device)
     sizes = chosen_sizes(options, device)
     dtype = getattr(torch, options.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     folder = data_folder()
@@ -138,23 +136,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.plan:
         return print_plan(options)
     context = open_context(options)
-    name = torch.cuda.get_device_name(context.device) if context.device.type == "cuda" else None
     print(f"{context.model_config}, {context.dtype}, random weights, tokenizer {context.tokenizer_folder}")
     print(f"a plain matrix product: {context.rate / 1e12:.3g} TFLOP/s in {context.dtype}\n", flush=True)
-
-    def text(results: list[Result]) -> str:
-        return document("scoring", options.threads, results, name)
-
-    def keep(results: list[Result]) -> None:
-        if options.out:  # after every case: a run that is stopped leaves what it has
-            write_document(options.out, text(results))
-
-    results = run_cases(CASES, context, options.case or list(CASES), keep)
-    for failure in context.failures:
-        print(f"no figure: {failure}")
-    print(text(results))
-    differs = any(result.same_answer is False for result in results)
-    return 1 if differs or context.broken else 0
+    return run_bench("scoring", CASES, context, options, device_name(context.device))
 
 
 def print_plan(options: argparse.Namespace) -> int:

@@ -20,9 +20,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))  # the other files of this folder, which is in no package
 
 import torch
-from case_runner import run_cases
+from case_runner import run_bench
+from devices import chosen_device, device_name
 from inputs import data_folder
-from result_table import Result, document, write_document
+from result_table import Result
 from scoring_model import SHAPES, model_config, with_layers
 from training_cases import kto_case, memory_case, sft_case
 from training_context import Context, Sizes
@@ -30,7 +31,7 @@ from training_optimizers import optimizer_case
 from training_sides import GROUP
 
 from slmfast.errors import UserError
-from slmfast.training.run import load_tokenizer
+from slmfast.training.loading import load_tokenizer
 
 DEFAULT = "qwen2-0.5b"
 ALL = 1 << 20  # layers: as many as the model has
@@ -96,10 +97,7 @@ def open_context(options: argparse.Namespace) -> Context:
     Raises:
         UserError: there is no such device, configuration or tokenizer.
     """
-    cuda = torch.cuda.is_available()
-    if options.device == "cuda" and not cuda:
-        raise UserError("--device cuda: torch sees no CUDA device; give --device cpu")
-    device = torch.device(options.device or ("cuda" if cuda else "cpu"))
+    device = chosen_device(options.device)
     folder = data_folder()
     real = folder / DEFAULT if folder and (folder / DEFAULT / "config.json").is_file() else None
     source = options.model_config or str(real or DEFAULT)
@@ -133,24 +131,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     options = parser().parse_args(argv)
     context = open_context(options)
-    name = torch.cuda.get_device_name(context.device) if context.device.type == "cuda" else None
     precision = str(context.dtype).removeprefix("torch.")
     model = f"{context.model_config}, {context.sizes.layers} layers, random fp32 weights, forward in {precision}"
     print(f"{model}, tokenizer {context.tokenizer_folder}\n", flush=True)
-
-    def text(results: list[Result]) -> str:
-        return document("training", options.threads, results, name)
-
-    def keep(results: list[Result]) -> None:
-        if options.out:  # after every case: a run that is stopped leaves what it has
-            write_document(options.out, text(results))
-
-    results = run_cases(CASES, context, options.case or list(CASES), keep)
-    for failure in context.failures:
-        print(f"no figure: {failure}")
-    print(text(results))
-    differs = any(result.same_answer is False for result in results)
-    return 1 if differs or context.broken or not results else 0
+    return run_bench("training", CASES, context, options, device_name(context.device), empty_fails=True)
 
 
 if __name__ == "__main__":

@@ -13,12 +13,14 @@ from transformers import TrainingArguments
 from slmfast.store import write_json
 from slmfast.training.data import StepOrder, load_tokens, longest_sequence, make_groups
 from slmfast.training.kto import KtoObjective
+from slmfast.training.loading import load_tokenizer
 from slmfast.training.optimizer import make_optimizer, rate_factor
 from slmfast.training.passes import Passes, split_weights
-from slmfast.training.run import MARK, fit_to_device, load_tokenizer
+from slmfast.training.run import fit_to_device
 from slmfast.training.settings import TrainSettings
 from slmfast.training.sft import SftObjective
 from slmfast.training.trainer import StepTrainer
+from slmfast.training.work_folder import MARK
 
 
 def settings_of(request: dict[str, Any]) -> TrainSettings:

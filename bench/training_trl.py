@@ -16,8 +16,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from training_sides import GROUP, RATE, SIDES
 from trl import KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
 
+from slmfast.training.loading import load_tokenizer
 from slmfast.training.optimizer import BETAS, EPS
-from slmfast.training.run import load_tokenizer
 
 
 class TimedKTOTrainer(KTOTrainer):

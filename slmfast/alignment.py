@@ -53,9 +53,9 @@ def choose_replies(
 
 
 def upper_fence(values: np.ndarray, fences: float) -> float:
-    """Tukey's fence: the third quartile plus `fences` interquartile ranges; infinite without values."""
+    """Tukey's fence: the third quartile plus `fences` interquartile ranges; infinite without values or end."""
     values = values[~np.isnan(values)]
-    if len(values) == 0:
+    if len(values) == 0 or fences == float("inf"):
         return float("inf")
     first, third = np.quantile(values, [0.25, 0.75])
     return float(third + fences * (third - first))

@@ -20,6 +20,7 @@ from slmfast import _native
 from slmfast.arrow_texts import native_texts
 from slmfast.errors import UserError
 from slmfast.rule_literals import needs
+from slmfast.yaml_text import load_yaml
 
 NUMBER_OF_CATEGORIES = 50
 HEAD_CHARACTERS = 300
@@ -116,7 +117,7 @@ def _window(text: str) -> str:
 
 def _load(file: Any) -> dict[str, Any]:
     try:
-        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
+        raw = load_yaml(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"no rule file at {file}: correct categorize.rules, or leave it out") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -153,15 +154,15 @@ def _compile_rule(rule: Any, file: Any, categories: set[str]) -> _Rule:
         name = rule.get("id", rule) if isinstance(rule, dict) else rule
         raise UserError(f"rule file {file}: rule {name!r}: give id, category, pattern and perhaps lang, nothing else")
     where = f"rule file {file}: rule {rule['id']!r}"
-    if not isinstance(rule["id"], str) or not isinstance(rule["pattern"], str):
-        raise UserError(f"{where}: id and pattern must be text: put them in quotes")
+    if not all(isinstance(rule[name], str) for name in ("id", "category", "pattern")):
+        raise UserError(f"{where}: id, category and pattern must be text: put them in quotes")
     if rule["category"] not in categories:
         raise UserError(f"{where}: no category {rule['category']!r}: add it to categories")
     if rule.get("lang") not in (None, "zh", "en"):
         raise UserError(f"{where}: lang {rule['lang']!r} is not known: use zh or en, or leave it out")
     try:
         pattern = re.compile(rule["pattern"], re.MULTILINE)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise UserError(f"{where}: the pattern is no regular expression: {error}") from error
     if pattern.search(""):
         raise UserError(f"{where}: the pattern matches any text: no later rule would ever be tried")

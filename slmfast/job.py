@@ -1,7 +1,7 @@
 """What a stage is given, and the two ways in which stages walk through rows: as a stream, or in units of work."""
 
 import functools
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ from slmfast.errors import UserError
 from slmfast.progress import Progress
 from slmfast.recipe import Recipe, expand
 from slmfast.records import DROPPED_SCHEMA
-from slmfast.store import WORK, count_rows, read_batches, shard_path, table_schema, write_table
+from slmfast.store import WORK, count_rows, read_batches, shard_path, shards, table_schema, write_table
 
 BUILTIN = "builtin:"
 BUILTIN_MODELS = Path(__file__).parent / "miniature" / "models"
@@ -130,7 +130,7 @@ def download_model(name: str, key: str, weights: bool = True) -> str:
     from huggingface_hub import snapshot_download
 
     repository, _, revision = name.partition("@")
-    patterns = ["*.json", "*.jinja", "*.txt"] + (["*.safetensors"] if weights else [])  # no pickled weights
+    patterns = ["*.json", "*.jinja", "*.txt", "*.model"] + (["*.safetensors"] if weights else [])  # no pickled weights
     try:
         return snapshot_download(repository, revision=revision or None, allow_patterns=patterns)
     except Exception as error:  # the hub's client raises many kinds; the user needs one line about the model
@@ -233,6 +233,21 @@ def _looked_ahead(units: Iterable[_Unit], rows: int) -> Iterator[_Unit]:
 def unit_counts(job: Job, source: Path) -> Counts:
     """The balance of a stage whose tables are written, read from the shards' footers."""
     return Counts(count_rows(source), count_rows(job.table("records")), count_rows(job.table("dropped")))
+
+
+def check_kept(job: Job, first_dropped: int = 0) -> None:
+    """Raises UserError where a stage that asks a model keeps no record: a later stage could only fail over it.
+
+    Shards of `dropped` before `first_dropped` are of rows that no model was asked about.
+    """
+    paths = shards(job.table("dropped"))[first_dropped:]
+    reasons = Counter(r for path in paths for r in pq.read_table(path, columns=["reason"]).column(0).to_pylist())
+    if reasons and not count_rows(job.table("records")):
+        reason, number = reasons.most_common(1)[0]
+        raise UserError(
+            f"{job.stage} keeps no record ({number:,} go for: {reason}): correct the recipe's {job.stage}, models or "
+            f"engines, or where it was the server's fault delete {job.folder}, and run again"
+        )
 
 
 def shard_rows(path: Path) -> int:

@@ -14,6 +14,7 @@ from pathlib import Path
 import yaml
 
 from slmfast.errors import UserError
+from slmfast.yaml_text import load_yaml
 
 MAX_PART_WORDS = 6  # more is a sentence
 MAX_PART_CHARACTERS = 60
@@ -116,7 +117,7 @@ def _key(text: str) -> str:
 def _load_aliases(path: str | Path | None) -> dict:
     file = resources.files("slmfast") / "data" / "label_aliases.yaml" if path is None else Path(path)
     try:
-        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
+        raw = load_yaml(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"alias file {file} is not readable YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict) or set(raw) != {"version", "words", "parts"} or raw["version"] != 1:

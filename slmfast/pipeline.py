@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any
 
 from slmfast import __version__
-from slmfast.engines.settings import HTTP, secret
+from slmfast.engines.settings import HTTP, check_installed, secret
 from slmfast.errors import UserError
 from slmfast.job import Counts, Job, resolve_model
 from slmfast.recipe import STAGES, TRAINED, Recipe, dump_recipe
@@ -101,6 +101,7 @@ def check_later_stages(recipe: Recipe, run_dir: Path) -> None:
     for role in ("base", "large", "small", "judge"):
         resolve_model(recipe, role, run_dir)
         if role != "base":
+            check_installed(recipe.engine(role), f"engines.{recipe.engine_role(role)}")
             secret(recipe.engine(role), f"engines.{recipe.engine_role(role)}")
     raw_is_ours = recipe.world is not None  # and not written yet
     own = ("categorize", "evaluate")

@@ -28,18 +28,40 @@ def water_fill(counts: np.ndarray, target: int) -> np.ndarray:
     """
     counts = np.asarray(counts, dtype=np.int64)
     target = min(int(target), int(counts.sum()))
+    quota = np.minimum(counts, _whole_cap(counts, target))
+    left = target - int(quota.sum())
+    order = np.argsort(-counts, kind="stable")[:left]
+    quota[order] += 1
+    return quota
+
+
+def _whole_cap(counts: np.ndarray, target: int) -> int:
+    """The largest whole cap c with sum(min(counts, c)) <= target, at most the largest count."""
     low, high = 0, int(counts.max(initial=0))
-    while low < high:  # the largest whole cap that doesn't overshoot
+    while low < high:
         middle = (low + high + 1) // 2
         if np.minimum(counts, middle).sum() <= target:
             low = middle
         else:
             high = middle - 1
-    quota = np.minimum(counts, low)
-    left = target - int(quota.sum())
-    order = np.argsort(-counts, kind="stable")[:left]
-    quota[order] += 1
-    return quota
+    return low
+
+
+def drawn(labels: np.ndarray, hashes: np.ndarray, target: int) -> np.ndarray:
+    """A mask of about `target` rows, each accepted by itself, bool [n]: the random twin of `balanced`.
+
+    A row of a label with n rows is accepted with probability min(1, c / n), for the c at which `target` are expected.
+    """
+    keep = np.zeros(len(labels), dtype=bool)
+    rows = np.flatnonzero(labels >= 0)
+    counts = np.bincount(labels[rows])
+    cap = float(_whole_cap(counts, target))
+    if open_labels := int((counts > cap).sum()):
+        cap += (target - np.minimum(counts, cap).sum()) / open_labels
+    share = cap / np.maximum(counts, 1)
+    uniform = (hashes[rows] >> np.uint64(11)) * 2.0**-53  # in [0, 1): a share of 1 takes all
+    keep[rows] = uniform < share[labels[rows]]
+    return keep
 
 
 def balanced(labels: np.ndarray, hashes: np.ndarray, target: int) -> np.ndarray:

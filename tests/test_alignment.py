@@ -67,6 +67,7 @@ def test_upper_fence():
     values = np.array([1.0, 2.0, 3.0, 4.0, 5.0, np.nan])
     assert upper_fence(values, 3.0) == pytest.approx(4 + 3 * 2)
     assert upper_fence(np.array([np.nan]), 3.0) == float("inf")
+    assert upper_fence(np.ones(5), 3.0) == 1 and upper_fence(np.ones(5), float("inf")) == float("inf")
 
 
 @pytest.mark.parametrize("seed", range(20))

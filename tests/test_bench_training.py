@@ -16,7 +16,7 @@ from slmfast import cli
 from slmfast.errors import UserError
 from slmfast.records import MESSAGE
 from slmfast.training import run as run_module
-from slmfast.training.run import load_model
+from slmfast.training.loading import load_model
 
 CHECKOUT = Path(__file__).parent.parent
 BENCH = CHECKOUT / "bench"

@@ -145,7 +145,10 @@ def test_only_beginning_and_end_are_seen(tmp_path: Path) -> None:
         ({"rules": [rule(category="nowhere")]}, "'r'.*nowhere"),
         ({"rules": [rule(pattern="(")]}, "'r'.*regular expression"),
         ({"rules": [rule(pattern="a*")]}, "'r'.*any text"),
+        ({"rules": [rule(pattern="a{99999999999}")]}, "'r'.*regular expression: the repetition number"),
+        ({"rules": [rule(pattern="(" * 3000 + ")" * 3000)]}, "'r'.*regular expression: maximum recursion depth"),
         ({"rules": [rule(pattern=3)]}, "pattern"),
+        ({"rules": [rule(category=["c0"])]}, "'r'.*category and pattern must be text"),
         ({"rules": [rule(lang="fr")]}, "'r'.*fr"),
         ({"rules": [rule(extra=1)]}, "'r'"),
         ({"rules": [{"id": "r"}]}, "'r'"),
@@ -164,9 +167,14 @@ def test_missing_and_broken_files(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere\.yaml.*categorize\.rules"):
         Categorizer(tmp_path / "nowhere.yaml")
     broken = tmp_path / "broken.yaml"
-    broken.write_bytes(b"a: [\xff")
-    with pytest.raises(UserError, match=r"broken\.yaml"):
-        Categorizer(broken)
+    for text, said in (
+        (b"a: [\xff", "utf-8"),
+        (b"version: 2024-13-45", "month"),
+        (b"rules: []\nrules: []", "'rules' stands twice"),
+    ):
+        broken.write_bytes(text)
+        with pytest.raises(UserError, match=rf"broken\.yaml is not readable YAML: .*{said}"):
+            Categorizer(broken)
 
 
 def test_patterns_have_no_run_away_repeats(categorizer: Categorizer) -> None:

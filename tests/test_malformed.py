@@ -5,6 +5,7 @@ import io
 import json
 import random
 import tarfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,8 @@ MALFORMED: list[tuple[str, str, Any, str]] = [
     ("round not an object", "coig", {"round_0": "x"}, "field round_0 is text"),
     ("round not JSON", "coig", {"round_0": {"response": "Q: a"}}, "round_0.response holds broken JSON"),
     ("round without A", "coig", {"round_0": {"response": '{"Q": "a"}'}}, "round_0.response.A is missing"),
+    ("round of Thai digits", "coig", {"round_๓": {"response": '{"Q": "a", "A": "b"}'}}, "instruction is missing"),
+    ("round of 5000 digits", "coig", {f"round_{'9' * 5000}": {"response": "{}"}}, "instruction is missing"),
     ("round of a list", "coig", {"round_0": {"response": "[]"}}, "round_0.response is a list"),
     ("camel, half", "camel", {"topic;": "x", "message_1": "a"}, "field message_2 is missing"),
     ("dolly, no response", "dolly", {"instruction": "a", "context": "b"}, "field response is missing"),
@@ -226,9 +229,9 @@ def test_nothing_is_lost_in_a_random_mixture(tmp_path: Path) -> None:
 # --- damage to what the objects lie in: file, its bytes, its format, and the rejections (file, line, words)
 
 
-def tar_gz(members: dict[str, bytes]) -> bytes:
+def tar_gz(members: dict[str, bytes], mode: str = "w:gz") -> bytes:
     buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+    with tarfile.open(fileobj=buffer, mode=mode) as archive:
         for name, data in members.items():
             info = tarfile.TarInfo(name)
             info.size = len(data)
@@ -249,6 +252,15 @@ def array(*items: Any) -> bytes:
 NOT_UTF8 = pa.Array.from_buffers(
     pa.string(), 2, [None, pa.py_buffer(b"\0\0\0\0\1\0\0\0\2\0\0\0"), pa.py_buffer(b"a\xff")]
 )
+TWO_MEMBERS = tar_gz({"a.jsonl": lines(GOOD), "b.jsonl": lines(GOOD)}, "w:")
+
+
+def cut_gzip(data: bytes, size: int) -> bytes:
+    """The beginning of a gzip file, of which `size` bytes can be unpacked."""
+    packer = zlib.compressobj(wbits=31)
+    return packer.compress(data[:size]) + packer.flush(zlib.Z_FULL_FLUSH)
+
+
 DAMAGED: dict[str, tuple[bytes, list[tuple[str, int, str]]]] = {
     "crlf.jsonl": (lines(GOOD, b"{broken").replace(b"\n", b"\r\n"), [("", 2, "broken JSON at column 2")]),
     "bom.jsonl": (b"\xef\xbb\xbf" + lines(GOOD, 5), [("", 2, "not an object")]),
@@ -264,6 +276,23 @@ DAMAGED: dict[str, tuple[bytes, list[tuple[str, int, str]]]] = {
     "cut.jsonl.gz": (gzip.compress(lines(*[GOOD] * 3))[:-6], [("", 4, "damaged gzip data")]),
     "junk_after.jsonl.gz": (gzip.compress(lines(GOOD)) + b"junk", [("", 2, "damaged gzip data")]),
     "flipped.jsonl.gz": (gzip.compress(lines(GOOD))[:-8] + bytes(8), [("", 2, "damaged gzip data")]),
+    "frame.jsonl.zst": (zstandard.compress(lines(GOOD)) + zstandard.compress(lines(GOOD))[:-5], [("", 2, "cut off")]),
+    "junk_after.jsonl.zst": (zstandard.compress(lines(GOOD)) + b"junk", [("", 2, "damaged zstd data")]),
+    # A tar archive of two members of one line: headers at 0 and 1024, its end at 2048.
+    "cut_at_member.tar": (TWO_MEMBERS[:1024], [("/a.jsonl", 2, "empty header where a member")]),
+    "cut_in_header.tar": (TWO_MEMBERS[:1200], [("/a.jsonl", 2, "truncated header where a member")]),
+    "header.tar": (TWO_MEMBERS[:1024] + b"x" + TWO_MEMBERS[1025:], [("/a.jsonl", 2, "bad checksum where a member")]),
+    "no_end.tar": (TWO_MEMBERS[:2048], [("/b.jsonl", 2, "or the archive's end should be")]),
+    "cut_in_header.tar.gz": (cut_gzip(TWO_MEMBERS, 1100), [("/a.jsonl", 2, "damaged tar archive")]),
+    "checksum.tar.gz": (gzip.compress(TWO_MEMBERS)[:-8] + bytes(8), [("/b.jsonl", 2, "damaged tar archive: CRC")]),
+    "cut_at_member.tar.zst": (
+        zstandard.compress(TWO_MEMBERS[:1024]) + b"\x28\xb5\x2f\xfd",
+        [("/a.jsonl", 2, "it is cut off")],
+    ),
+    "tar_within.tar": (
+        tar_gz({"a.jsonl": lines(GOOD), "b.tar": TWO_MEMBERS}, "w:"),
+        [("/b.tar", 1, "it is a tar archive: unpack it")],
+    ),
     "short.csv": (b"instruction,input,output\na,b,c\nd,e\nf,g,h\n", [("", 3, "2 cells under a header of 3 columns")]),
     "long.csv": (b"instruction,output\na,b\nc,d,e\n", [("", 3, "3 cells under a header of 2 columns")]),
     "quote.csv": (b'instruction,output\na,b\n"c,d\n', [("", 3, "broken CSV")]),

@@ -15,7 +15,7 @@ import pytest
 import zstandard
 
 from slmfast.errors import UserError
-from slmfast.readers import Record, Rejection, read_source
+from slmfast.readers import Record, Rejection, containers, read_source
 from slmfast.readers.json_stream import Broken, read_array, read_lines, read_values
 
 GOOD = {"instruction": "Add 1 and 2.", "input": "", "output": "3"}
@@ -148,9 +148,9 @@ JSON_LINES = lines(*ITEMS)
 ARRAY = json.dumps(ITEMS, ensure_ascii=False, indent=1).encode()
 
 
-def tar_gz(members: dict[str, bytes]) -> bytes:
+def tar_gz(members: dict[str, bytes], mode: str = "w:gz") -> bytes:
     buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+    with tarfile.open(fileobj=buffer, mode=mode) as archive:
         for name, data in members.items():
             info = tarfile.TarInfo(name)
             info.size = len(data)
@@ -161,6 +161,12 @@ def tar_gz(members: dict[str, bytes]) -> bytes:
 def parquet(items: list[dict[str, Any]]) -> bytes:
     buffer = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(items), buffer, row_group_size=3)
+    return buffer.getvalue()
+
+
+def parquet_of(names: list[str], columns: list[list[str]]) -> bytes:
+    buffer = io.BytesIO()
+    pq.write_table(pa.table(list(map(pa.array, columns)), names=names), buffer)
     return buffer.getvalue()
 
 
@@ -188,6 +194,8 @@ CONTAINERS = {
     "two_frames.json.zst": zstandard.compress(lines(*ITEMS[:3])) + zstandard.compress(lines(*ITEMS[3:])),
     "one.tar.gz": tar_gz({"a.jsonl": JSON_LINES}),
     "three.tgz": tar_gz({"a.json": lines(*ITEMS[:2]), "._a.json": b"junk", "b/c.json": ARRAY[:-2] + b"]"}),
+    "plain.tar": tar_gz({"a.jsonl": JSON_LINES}, "w:"),
+    "one.tar.zst": zstandard.compress(tar_gz({"a.jsonl": JSON_LINES}, "w:")),
     "nested.tar.gz": tar_gz({"a.jsonl.gz": gzip.compress(JSON_LINES)}),
 }
 
@@ -273,6 +281,14 @@ def test_bad_csv_rows(tmp_path: Path) -> None:
     assert "2 cells" in read_back[1].reason and "4 cells" in read_back[2].reason and "not UTF-8" in read_back[4].reason
 
 
+def test_an_endless_csv_line_is_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path, "a.csv", b"instruction,output\na,b\nc," + b"x" * 1000 + b"\nd,e\n")
+    monkeypatch.setattr(containers, "MAX_VALUE_BYTES", 64)
+    before, rejection = read(path)
+    assert isinstance(before, Record) and rejection.line == 3
+    assert rejection.reason == "the rest of the file can't be read: line of more than 64 characters"
+
+
 def test_cut_parquet_names_the_file(tmp_path: Path) -> None:
     path = write(tmp_path, "a.parquet", parquet(ITEMS)[:-20])
     with pytest.raises(UserError, match=r"a\.parquet"):
@@ -296,6 +312,8 @@ UNREADABLE = {
     "not_parquet.parquet": JSON_LINES,
     "junk_inside.tar.gz": tar_gz({"a.txt": b"junk"}),
     "empty.csv": b"",
+    "tar_within.jsonl.gz": tar_gz({"a.jsonl": JSON_LINES}),
+    "two_columns.parquet": parquet_of(["instruction", "output", "output"], [["a"], ["b"], ["c"]]),
     "bzip.json.bz2": b"BZh91AY&SY" + bytes(40),
 }
 

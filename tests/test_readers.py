@@ -188,6 +188,8 @@ def test_path_that_names_nothing(tmp_path: Path) -> None:
         read_source("test", "alpaca", tmp_path / "nothing-*.json")
     with pytest.raises(UserError, match=r"folder.*\*\.jsonl"):
         read_source("test", "alpaca", tmp_path)
+    with pytest.raises(UserError, match="no path is given"):
+        read_source("test", "alpaca", [])
 
 
 def test_unknown_format_is_refused_at_once(tmp_path: Path) -> None:

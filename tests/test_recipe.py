@@ -52,6 +52,10 @@ def test_the_papers_recipe_has_the_papers_constants():
         ("classify.sample=0", r"classify\.sample: give a positive number"),
         ("align.sft_size", "write key=value"),
         ("align.sft_size=[", "not YAML"),
+        ("name=2024-13-45", "--set name: the value is not YAML"),
+        ("fuse.weights={S1: 1, S1: 2}", "not YAML"),
+        (f"align.outlier_fences=1{'0' * 400}", r"align\.outlier_fences: give a number"),
+        ("models.engine=vllm", r"engines\.judge\.kind: vllm gives no scores here: have the judge run with local"),
         ("name.x=1", "name is not a section"),
     ],
 )
@@ -71,6 +75,12 @@ def test_unreadable_recipes(tmp_path):
     (tmp_path / "bad.yaml").write_text("a: [")
     with pytest.raises(UserError, match="not readable YAML"):
         load_recipe(tmp_path / "bad.yaml")
+    (tmp_path / "date.yaml").write_text("name: 2024-13-45")
+    with pytest.raises(UserError, match=r"date\.yaml is not readable YAML: month must be"):
+        load_recipe(tmp_path / "date.yaml")
+    (tmp_path / "twice.yaml").write_text("align: {sft_size: 3}\nseed: 1\nalign: {sft_size: 4}\n")
+    with pytest.raises(UserError, match=r"twice\.yaml is not readable YAML: key 'align' stands twice .*line 3"):
+        load_recipe(tmp_path / "twice.yaml")
     (tmp_path / "list.yaml").write_text("- 1")
     with pytest.raises(UserError, match="is not a recipe"):
         load_recipe(tmp_path / "list.yaml")
@@ -81,6 +91,12 @@ def test_an_override_changes_one_of_two_aliased_sections(tmp_path):
     path.write_text("train: {S2: &kto {method: kto, learning_rate: 1e-6}, S3: *kto}\n")
     train = load_recipe(path, ["train.S3.learning_rate=1e-7"]).train
     assert (train.S2.learning_rate, train.S3.learning_rate) == (1e-6, 1e-7)
+
+
+def test_merged_keys_are_no_keys_that_stand_twice(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("train: {S3: &a {method: kto, learning_rate: 1e-6}, S2: {<<: *a, learning_rate: 2e-6}}\n")
+    assert load_recipe(path).train.S2.learning_rate == 2e-6
 
 
 def test_the_recipes_folder_may_have_any_name(tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import html.parser
+import json
 import math
 import re
 import shutil
@@ -383,6 +384,18 @@ def test_chinese_labels_stay_text(page, text):
 
 def test_the_same_run_gives_the_same_page(job, text):
     assert render(job) == text
+
+
+def test_other_settings_and_figures_make_another_page(tmp_path):
+    """Even where no data depend on them: the page shows the whole recipe, and what every manifest says."""
+    job = make_job(tmp_path)
+    batches = dataclasses.replace(job.recipe.evaluate, batch_size=7)
+    other = dataclasses.replace(job, recipe=dataclasses.replace(job.recipe, evaluate=batches))
+    before = report.files(job)
+    assert report.files(other) != before and report.files(job) == before
+    manifest = job.inputs["rate"] / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"seconds": 1234.5}))
+    assert report.files(job) != before
 
 
 def test_a_run_that_has_only_begun_has_a_report(tmp_path):

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from slmfast.sampling import balanced, entropy, gini, seeded_hashes, smallest, water_fill
+from slmfast.sampling import balanced, drawn, entropy, gini, seeded_hashes, smallest, water_fill
 
 
 def fill_one_by_one(counts, target):
@@ -67,8 +67,27 @@ def test_balanced_is_exact_and_order_free():
         assert len(left) == 0 or chosen.max() < left.min()
 
 
-def test_balanced_without_rows():
-    assert balanced(np.array([-1, -1]), np.array([1, 2], np.uint64), 5).tolist() == [False, False]
+@pytest.mark.parametrize("choose", [balanced, drawn])
+def test_no_rows(choose):
+    assert choose(np.array([-1, -1]), np.array([1, 2], np.uint64), 5).tolist() == [False, False]
+    assert choose(np.zeros(0, np.int64), np.zeros(0, np.uint64), 5).tolist() == []
+
+
+def test_drawn_is_even_on_average_and_order_free():
+    labels = np.repeat(np.arange(5), [8000, 4000, 3000, 900, 100])
+    labels[::100] = -1
+    sizes = np.bincount(labels[labels >= 0])
+    hashes = seeded_hashes((f"{i:x}" for i in range(len(labels))), 7, "test")
+    keep = drawn(labels, hashes, 7000)
+    counts = np.bincount(labels[keep], minlength=5)
+    assert counts[3:].tolist() == sizes[3:].tolist(), "labels under the cap keep all they have"
+    expected = (7000 - sizes[3:].sum()) / 3
+    spread = np.sqrt(expected * (1 - expected / sizes[:3]))
+    assert (np.abs(counts[:3] - expected) < 4 * spread).all()
+    assert not keep[labels < 0].any() and keep.sum() != 7000
+    order = np.random.default_rng(0).permutation(len(labels))
+    assert (drawn(labels[order], hashes[order], 7000) == keep[order]).all()
+    assert (drawn(labels, hashes, 10**6) == (labels >= 0)).all()
 
 
 def test_smallest_takes_the_smallest():

@@ -10,6 +10,8 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import pyarrow as pa
 
+from slmfast.errors import UserError
+
 Message = dict[str, str]
 Prompt = str | Sequence[Message]  # a str is one user turn
 
@@ -66,6 +68,33 @@ def request_seeds(prompts: Sequence[Prompt], seed: int) -> list[int]:
 def by_frequency(counts: Mapping[str, int]) -> dict[str, int]:
     """Counts, such as those of finish reasons, the most frequent first, for a manifest."""
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen."""
+
+    temperature: float = 0.0  # 0: the likeliest
+    top_p: float = 1.0
+    seed: int = 0
+    # What the logit of a token that stands in the prompt or the reply is divided by, multiplied where it is negative
+    # (Keskar et al. 2019, "CTRL"); 1 for none.
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.temperature >= 0:
+            raise UserError(f"temperature is {self.temperature}: give zero (greedy) or more")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p is {self.top_p}: give a share above 0, at most 1")
+        if not self.repetition_penalty > 0:
+            raise UserError(f"repetition_penalty is {self.repetition_penalty}: give a positive number, 1 for none")
+
+
+def checked_sampling(max_new_tokens: int, *, temperature: float, top_p: float, seed: int) -> Sampling:
+    """How `generate` draws, once its arguments are known to be right. Raises UserError where one is not."""
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens is {max_new_tokens}: give a positive number")
+    return Sampling(temperature=temperature, top_p=top_p, seed=seed)
 
 
 class Engine(Protocol):

@@ -19,31 +19,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import DynamicCache
 
+from slmfast.engines.base import Sampling
 from slmfast.errors import UserError
 from slmfast.scoring.packable import rotates_by_length
 
 # Layers of which keys and values are all that is kept of earlier tokens; a window or chunks are obeyed by the mask.
 _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How the next token is chosen."""
-
-    temperature: float = 0.0  # 0: the likeliest
-    top_p: float = 1.0
-    seed: int = 0
-    # What the logit of a token that stands in the prompt or the reply is divided by, multiplied where it is negative
-    # (Keskar et al. 2019, "CTRL"); 1 for none.
-    repetition_penalty: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not self.temperature >= 0:
-            raise UserError(f"temperature is {self.temperature}: give zero (greedy) or more")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p is {self.top_p}: give a share above 0, at most 1")
-        if not self.repetition_penalty > 0:
-            raise UserError(f"repetition_penalty is {self.repetition_penalty}: give a positive number, 1 for none")
 
 
 def uniforms(prompt: Sequence[int], occurrence: int, length: int, seed: int) -> np.ndarray:
@@ -96,37 +77,51 @@ def decode(
     check_cache(model)
     slots = 1 if rotates_by_length(model) else slots
     sampling = sampling or Sampling()
-    replies: list[list[int]] = [[] for _ in prompts]
+    replies = _Replies([[] for _ in prompts], ends, max_new_tokens, draws, sampling, stopped)
     waiting = list(range(len(prompts)))[::-1]
-
-    def choose(rows: Rows, logits: Tensor) -> None:
-        """Gives every row its next token; rows whose reply has ended go on idly until they are taken out."""
-        steps = [min(len(replies[owner]), max_new_tokens - 1) for owner in rows.owners]
-        draw = None if draws is None else torch.as_tensor(draws[rows.owners, steps], device=logits.device)
-        if rows.used is not None:
-            logits = penalised(logits, rows.used, sampling.repetition_penalty)
-        rows.last = next_tokens(logits, sampling, draw)[:, None]
-        if rows.used is not None:
-            rows.used.scatter_(1, rows.last, True)
-        for row, token in enumerate(rows.last[:, 0].tolist()):
-            if rows.going[row]:
-                reply = replies[rows.owners[row]]
-                reply.append(token)
-                rows.going[row] = token not in ends and len(reply) < max_new_tokens and not stopped(reply)
 
     rows: Rows | None = None
     while waiting or rows is not None:
         if rows is not None and not worth_renewing(rows.going, slots, len(waiting)):
-            choose(rows, rows.step(model))
+            replies.extend(rows, rows.step(model))
             continue
         rows = rows.kept() if rows is not None else None
         free = min(len(waiting), slots - (len(rows.owners) if rows else 0))
         if free:
             taken = [waiting.pop() for _ in range(free)]
             new, logits = Rows.begin(model, taken, [prompts[i] for i in taken], sampling.repetition_penalty != 1)
-            choose(new, logits)
+            replies.extend(new, logits)
             rows = new if rows is None else rows.joined(new)
-    return replies
+    return replies.tokens
+
+
+@dataclass
+class _Replies:
+    """The replies to all prompts, as far as they are written; the other fields are `decode`'s arguments."""
+
+    tokens: list[list[int]]
+    ends: frozenset[int]
+    max_new_tokens: int
+    draws: np.ndarray | None
+    sampling: Sampling
+    stopped: Callable[[Sequence[int]], bool]
+
+    def extend(self, rows: "Rows", logits: Tensor) -> None:
+        """Gives every row its next token; rows whose reply has ended go on idly until they are taken out."""
+        steps = [min(len(self.tokens[owner]), self.max_new_tokens - 1) for owner in rows.owners]
+        draw = None if self.draws is None else torch.as_tensor(self.draws[rows.owners, steps], device=logits.device)
+        if rows.used is not None:
+            logits = penalised(logits, rows.used, self.sampling.repetition_penalty)
+        rows.last = next_tokens(logits, self.sampling, draw)[:, None]
+        if rows.used is not None:
+            rows.used.scatter_(1, rows.last, True)
+        for row, token in enumerate(rows.last[:, 0].tolist()):
+            if rows.going[row]:
+                reply = self.tokens[rows.owners[row]]
+                reply.append(token)
+                rows.going[row] = (
+                    token not in self.ends and len(reply) < self.max_new_tokens and not self.stopped(reply)
+                )
 
 
 def check_cache(model: nn.Module) -> None:

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig
 
-from slmfast.engines.base import Generation, Prompt, describe_parameters
-from slmfast.engines.decoding import Sampling, decode, occurrences, uniforms
+from slmfast.engines.base import Generation, Prompt, checked_sampling, describe_parameters
+from slmfast.engines.decoding import decode, occurrences, uniforms
 from slmfast.errors import UserError
 from slmfast.scoring import choose, perplexity
 from slmfast.scoring.budget import checked_budget
@@ -89,9 +89,7 @@ class LocalEngine:
 
         Equal prompts of one call are sampled differently, each in the same way in every call.
         """
-        if max_new_tokens < 1:
-            raise UserError(f"max_new_tokens is {max_new_tokens}: give a positive number")
-        sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
+        sampling = checked_sampling(max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
         encoded = self.encoder.prompts(prompts)
         for i, ids in enumerate(encoded):
             if len(ids) + max_new_tokens > self.window:

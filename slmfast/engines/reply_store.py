@@ -102,3 +102,8 @@ class ReplyStore:
             raise UserError(
                 f"{self.path} is damaged ({error}): delete it, and its replies are asked for again"
             ) from error
+
+
+def storable(text: str) -> str:
+    """A text with lone surrogates, which JSON can hold and UTF-8 can't, replaced."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

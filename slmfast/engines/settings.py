@@ -1,10 +1,14 @@
 """How a role's engine is set up in a recipe: its kind and, for a server, where it is and how it is asked."""
 
+import importlib.util
 import json
+import math
 import os
 import re
+import sys
 from dataclasses import dataclass, field, fields
 from typing import Any
+from urllib.parse import urlsplit
 
 from slmfast.errors import UserError
 
@@ -43,21 +47,21 @@ class EngineSettings:
 
     def __post_init__(self) -> None:
         _require(self.kind in (None, *ENGINES), "kind", f"use {' or '.join(ENGINES)}")
-        url = self.base_url
-        _require(url is None or re.fullmatch(r"https?://[^\s@?#]+", url) is not None, "base_url", _URL_REMEDY)
+        _require(self.base_url is None or _is_address(self.base_url), "base_url", _URL_REMEDY)
         # A key that was pasted here would end in recipe.yaml, so it is refused, and never repeated.
         named = self.api_key is None or re.fullmatch(r"[A-Z][A-Z0-9_]*", self.api_key) is not None
         _require(named, "api_key", "name the environment variable that holds the key (A-Z, 0-9, _), not the key itself")
         _require(self.dtype in DTYPES, "dtype", f"use {' or '.join(DTYPES)}")
         _require(self.concurrency > 0, "concurrency", "give a positive number of requests")
-        _require(self.timeout > 0, "timeout", "give a positive number of seconds")
+        _require(0 < self.timeout < math.inf, "timeout", "give a positive number of seconds")
         _require(self.tries > 0, "tries", "give a positive number")
-        _require(self.backoff >= 0, "backoff", "give zero or more seconds")
+        _require(0 <= self.backoff < math.inf, "backoff", "give zero or more seconds")
         _require(self.window is None or self.window > 1, "window", "give at least 2 tokens")
         named = _secret_names(self.extra)
         _require(
             not named, f"extra.{named[0] if named else ''}", "name a key's environment variable in api_key instead"
         )
+        _require(_is_json(self.extra), "extra", "give what JSON can hold: no dates, no infinite numbers")
         ours = sorted(set(self.extra) & set(_OURS))
         _require(not ours, f"extra.{ours[0] if ours else ''}", "leave it out: the stage's own settings give it")
 
@@ -68,6 +72,25 @@ class EngineSettings:
             heeded = {f.name for f in fields(self)} - {"dtype"}
         names = (f.name for f in fields(self) if f.name not in heeded)
         return [name for name in names if getattr(self, name) != getattr(plain, name)]
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value, sort_keys=True, allow_nan=False)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _is_address(url: str) -> bool:
+    """Whether a text is the address of a server: a host that has a name, and a port that there is."""
+    if re.fullmatch(r"https?://[^\s@?#]+", url) is None:
+        return False
+    try:
+        found = urlsplit(url)
+        return bool((found.hostname or "").encode("idna")) and found.port != 0
+    except ValueError:  # a port over 65535, an address of IPv6 without its end, an empty or overlong part of a name
+        return False
 
 
 _URL_REMEDY = "give the server's address, such as http://127.0.0.1:8000/v1, without a user, password or query"
@@ -100,6 +123,17 @@ def secret(settings: EngineSettings, key: str) -> str | None:
     )
     _require(not written, f"recipe section {key}", f"the key in {name} stands in extra or base_url: take it out there")
     return value
+
+
+def check_installed(settings: EngineSettings, key: str) -> None:
+    """Raises UserError where an engine needs a package that is not there: before a run begins, and not days later.
+
+    Args:
+        key: the recipe's section of these settings, for the message.
+    """
+    if settings.kind == "vllm" and "vllm" not in sys.modules:
+        found = importlib.util.find_spec("vllm") is not None
+        _require(found, f"recipe key {key}.kind", "vllm is not installed: install it, or say local")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,8 +12,7 @@ import numpy as np
 import pyarrow as pa
 from transformers import AutoConfig
 
-from slmfast.engines.base import Generation, Prompt, describe_parameters, request_seeds
-from slmfast.engines.decoding import Sampling
+from slmfast.engines.base import Generation, Prompt, checked_sampling, describe_parameters, request_seeds
 from slmfast.engines.settings import EngineSettings
 from slmfast.errors import UserError
 from slmfast.scoring.encoding import Encoder
@@ -82,9 +81,7 @@ class VllmEngine:
         seed: int = 0,
     ) -> list[Generation]:
         """A reply to each prompt, in input order; see `Engine.generate`."""
-        if max_new_tokens < 1:
-            raise UserError(f"max_new_tokens is {max_new_tokens}: give a positive number")
-        Sampling(temperature=temperature, top_p=top_p, seed=seed)  # checks them
+        checked_sampling(max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
         if not prompts:
             return []
         encoded, seeds = self.encoder.prompts(prompts), request_seeds(prompts, seed)

@@ -10,7 +10,7 @@ from typing import Any
 from lm_eval.models.utils import normalize_gen_kwargs
 from torch import nn
 
-from slmfast.engines.decoding import Sampling
+from slmfast.engines.base import Sampling
 from slmfast.errors import UserError
 
 # Keys that change what is written, and the values at which they don't.

@@ -9,8 +9,9 @@ import io
 import tarfile
 import zlib
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, TextIO
 
 from slmfast.readers.json_stream import MAX_VALUE_BYTES, Broken, Malformed, read_array, read_lines, read_values
 
@@ -18,7 +19,10 @@ _HEAD_BYTES = 1 << 16  # what is looked at to tell the shape of a file
 _PARQUET_ROWS = 1024
 _UTF8_BOM = b"\xef\xbb\xbf"
 _UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
-_TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+_TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.zst")
+_TAR_MARK = slice(257, 262), b"ustar"  # where a tar archive's first member says what it is
+_GZIP_MAGIC, _ZSTD_MAGIC = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+_ZSTD_BYTES = 2048  # are unpacked at a time: to 64 MiB at the most, in whatever way they were packed
 
 
 class Raw(NamedTuple):
@@ -57,9 +61,9 @@ def _read_packed(file: BinaryIO, name: str) -> Iterator[tuple[int, Any]]:
         import zstandard
 
         try:
-            with zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True) as stream:
+            with io.BufferedReader(_Unzstd(file)) as stream:
                 yield from _read_text(stream, stem)
-        except zstandard.ZstdError as error:
+        except (EOFError, zstandard.ZstdError) as error:
             raise Broken(f"damaged zstd data: {error}") from error
     else:
         yield from _read_text(file, name)
@@ -67,15 +71,95 @@ def _read_packed(file: BinaryIO, name: str) -> Iterator[tuple[int, Any]]:
 
 def _read_tar(path: Path) -> Iterator[Raw]:
     """Reads the members in archive order. A member that breaks costs only its own rest."""
-    try:
-        with tarfile.open(path, mode="r|*") as archive:
-            for member in archive:
+    with ExitStack() as stack:
+        file: Any = stack.enter_context(path.open("rb"))
+        magic = file.peek()[:4]
+        # Unpacked here, for tarfile's own streams don't see that a packed one is cut off.
+        if magic.startswith(_GZIP_MAGIC):
+            file = stack.enter_context(gzip.open(file))
+        elif magic == _ZSTD_MAGIC:
+            file = stack.enter_context(io.BufferedReader(_Unzstd(file)))
+        blocks = _Blocks(file)
+        try:
+            archive = stack.enter_context(tarfile.open(fileobj=blocks, mode="r|*", tarinfo=_Member))
+            while (member := archive.next()) is not None:
+                archive.members.clear()  # it would keep millions of them
                 # Names with a leading dot are the droppings of file managers ("._data.json"), never data.
                 if not member.isfile() or Path(member.name).name.startswith("."):
                     continue
                 yield from _read_member(archive.extractfile(member), member.name)
-    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise Broken(f"damaged tar archive: {error}") from error
+            while blocks.read(_HEAD_BYTES):
+                pass  # a packed file's checksum stands at its end
+        except tarfile.TarError as error:
+            raise Broken(f"damaged tar archive: {blocks.damage or error}") from error
+        if blocks.damage is not None:
+            raise Broken(f"damaged tar archive: {blocks.damage}")
+
+
+class _Blocks:
+    """What tarfile reads from. Damage is an end of the data, and kept, so that nothing before it is lost."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self.damage: Exception | None = None
+
+    def read(self, size: int) -> bytes:
+        if self.damage is not None:
+            return b""
+        data, self.damage = _read_up_to(self._stream, size)
+        if isinstance(self.damage, OSError) and not isinstance(self.damage, gzip.BadGzipFile):
+            raise self.damage  # the disk's, and not the archive's
+        return data
+
+
+class _Member(tarfile.TarInfo):
+    """A member whose header must be whole: tarfile takes a damaged or missing one for the archive's end."""
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> "_Member":
+        """See tarfile.TarInfo. The end of an archive is a block of zeros."""
+        try:
+            return super().fromtarfile(archive)
+        except tarfile.EOFHeaderError:
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(f"{error} where a member or the archive's end should be") from error
+
+
+class _Unzstd(io.RawIOBase):
+    """A stream of zstd's frames, unpacked. Raises EOFError where the last frame is cut off, which zstandard's own
+    stream_reader takes for the end of the data, and ZstdError for damage."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._packed, self._text = b"", memoryview(b"")
+        self._frame: Any = None  # that is being read
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:
+        while not self._text and (self._packed or self._more()):
+            self._unpack()
+        size = min(len(self._text), len(buffer))
+        buffer[:size], self._text = self._text[:size], self._text[size:]
+        return size
+
+    def _more(self) -> bool:
+        self._packed = self._file.read(_ZSTD_BYTES)
+        if not self._packed and self._frame is not None:
+            raise EOFError("it is cut off")
+        return bool(self._packed)
+
+    def _unpack(self) -> None:
+        import zstandard
+
+        if self._frame is None:
+            self._frame = zstandard.ZstdDecompressor().decompressobj()
+        self._text = memoryview(self._frame.decompress(self._packed))
+        self._packed = b""
+        if self._frame.eof:
+            self._packed, self._frame = self._frame.unused_data, None
 
 
 def _read_member(stream: BinaryIO, name: str) -> Iterator[Raw]:
@@ -89,11 +173,14 @@ def _read_member(stream: BinaryIO, name: str) -> Iterator[Raw]:
 
 
 def _read_text(stream: BinaryIO, name: str) -> Iterator[tuple[int, Any]]:
-    head, damage = _read_head(stream)
+    head, damage = _read_up_to(stream, _HEAD_BYTES)
     if not head.strip():
         raise damage or Broken("it is empty")
     if head.startswith(_UTF16_BOMS):
         raise Broken("it is UTF-16, not UTF-8")
+    where, mark = _TAR_MARK
+    if head[where] == mark:
+        raise Broken(f"it is a tar archive: unpack it, or give it a name that ends in {', '.join(_TAR_SUFFIXES)}")
     start = len(_UTF8_BOM) if head.startswith(_UTF8_BOM) else 0
     whole = io.BufferedReader(_Replay(head[start:], stream, damage), buffer_size=_HEAD_BYTES)
     if name.endswith(".csv"):
@@ -127,7 +214,7 @@ def _read_csv(stream: BinaryIO) -> Iterator[tuple[int, Any]]:
     """Yields (line of its beginning, row as a dict of columns) for each row under the header."""
     csv.field_size_limit(MAX_VALUE_BYTES)
     text = io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape", newline="")
-    rows = csv.reader(text, strict=True)
+    rows = csv.reader(_csv_lines(text), strict=True)
     try:
         header = next(rows, [])
     except csv.Error as error:
@@ -150,6 +237,13 @@ def _read_csv(stream: BinaryIO) -> Iterator[tuple[int, Any]]:
             yield line, Malformed(f"{len(cells)} cells under a header of {len(header)} columns")
 
 
+def _csv_lines(text: TextIO) -> Iterator[str]:
+    while line := text.readline(MAX_VALUE_BYTES):
+        if len(line) == MAX_VALUE_BYTES and not line.endswith(("\n", "\r")):
+            raise Broken(f"line of more than {MAX_VALUE_BYTES} characters")
+        yield line
+
+
 def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -157,6 +251,10 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
     number = 0
     try:
         with pq.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if len(set(names)) < len(names):  # a row as a dict would lose a value without a word
+                twice = next(name for i, name in enumerate(names) if name in names[:i])
+                raise Broken(f"column {twice[:40]!r} stands twice")
             for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
                 for value in _rows(batch):
                     number += 1
@@ -181,10 +279,9 @@ def _row(batch: Any, i: int) -> Any:
         return Malformed(f"a value that can't be read: {' '.join(str(error).split())}")
 
 
-def _read_head(stream: BinaryIO) -> tuple[bytes, Exception | None]:
-    """The first bytes of a stream, fewer only at its end or at the damage that ends it."""
+def _read_up_to(stream: BinaryIO, size: int) -> tuple[bytes, Exception | None]:
+    """The next bytes of a stream, fewer only at its end or at the damage that ends it."""
     parts: list[bytes] = []
-    size = _HEAD_BYTES
     try:
         while size > 0 and (data := stream.read1(size)):
             parts.append(data)

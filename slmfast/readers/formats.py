@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from slmfast.readers.json_stream import DECODER, Malformed
 
-_ROUND = re.compile(r"round_(\d+)")
+_ROUND = re.compile(r"round_(0|[1-9][0-9]{0,3})")
 _ROLES = {
     "human": "user",
     "user": "user",

@@ -13,7 +13,7 @@ from slmfast.readers.containers import Raw, read_file
 from slmfast.readers.formats import FORMATS, BadRecord, Parsed
 from slmfast.readers.json_stream import Broken, Malformed
 
-_KINDS = "UTF-8 JSON, JSON lines or CSV, plain or in .gz, .zst or .tar.gz, or Parquet"
+_KINDS = "UTF-8 JSON, JSON lines or CSV, plain or in .gz, .zst, .tar.gz or .tar.zst, or Parquet"
 
 
 _PLACE = re.compile(r"\b(column|character|line|byte|position|turn|round) \d+")
@@ -47,7 +47,7 @@ def without_places(reason: str) -> str:
 def expand_paths(patterns: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[Path]:
     """The files that paths and globs (`**` too) name, as absolute paths: each once, sorted.
 
-    Raises UserError for a pattern that names no file.
+    Raises UserError for a pattern that names no file, and where there is no pattern.
     """
     if isinstance(patterns, str | os.PathLike):
         patterns = [patterns]
@@ -61,6 +61,8 @@ def expand_paths(patterns: str | os.PathLike[str] | Iterable[str | os.PathLike[s
         if not files:
             raise UserError(f"no file matches {pattern}: correct the path, or put the files there")
         found.update(files)
+    if not found:
+        raise UserError("no path is given: name at least one file")
     return [Path(name) for name in sorted(found)]
 
 

@@ -11,6 +11,11 @@ from slmfast.sampling import entropy
 
 TOP = 20  # rows of a table, bars of a drawing
 TREE_PRIMARY, TREE_SECONDARY = 60, 15  # branches of the tree, and of a branch, that are written out
+_SELECTION = {  # by diversify.selection
+    "exact": "They are balanced by water-filling: rare labels keep all they have, common ones share what is left.",
+    "random": "They are balanced at random: a record of a common label is accepted with the probability that leaves "
+    "equally many of each such label on average.",
+}
 Labels = list[tuple[str, list[int]]]  # (label, [before, after]), the most frequent first
 
 
@@ -32,11 +37,9 @@ def labels_section(run: RunFolder) -> Section | None:
     names = [label for label, _ in top]
     series = {"before": [counts[0] for _, counts in top], "after": [counts[1] for _, counts in top]}
     shown = f"the {len(top)} most frequent of {len(labels):,} labels" if len(labels) > len(top) else "all labels"
+    selection = run.recipe.diversify.selection
     blocks: list[Block] = [
-        Text(
-            "A higher entropy and a lower Gini coefficient mean more even labels. They are balanced by water-filling: "
-            "rare labels keep all they have, common ones share what is left."
-        ),
+        Text(f"A higher entropy and a lower Gini coefficient mean more even labels. {_SELECTION[selection]}"),
         Table("Labels before and after diversify", ["", "before", "after"], rows),
     ]
     if top:

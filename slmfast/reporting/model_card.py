@@ -20,6 +20,11 @@ _FP32 = (
     "Load it in fp32. What the training changed is smaller than the spacing of bf16 numbers wherever the learning rate "
     "is small: a cast to bf16 or fp16 on loading, or an export in them, loses it."
 )
+_SAME_BYTES = (
+    f"With slmfast {__version__}, the versions above, the same starting model, set, settings, seed and "
+    "number of threads, the same machine gives the same bytes. training.json and training_log.json "
+    "beside this card hold the settings again and every step's figures."
+)
 
 
 def model_title(folder: Path) -> str:
@@ -51,15 +56,34 @@ def write_training_card(
         card, history: what training.json and training_log.json hold.
         versions: of the packages that decide its bytes, by name.
     """
-    method, settings = card["method"], card["settings"]
-    losses = [row["loss"] for row in history]
-    tail = losses[-max(1, len(losses) // 10) :]
+    method = card["method"]
     rows = [
         ["method", METHODS[method]],
         ["starts from", _model(start)],
         *([["reference model", _model(reference)]] if reference is not None else []),
         ["weights", whole(weights)],
         ["stored as", "float32, safetensors"],
+        *_training_figures(card, history, data_digest),
+        *([name, version] for name, version in versions.items()),
+    ]
+    told = yaml.safe_dump(dict(card["settings"]), sort_keys=False)
+    sections = [
+        Section("How it was made", [Table("Training", ["what", "figure"], rows, 2), Code("Settings", told)]),
+        _use(),
+        Section("How to reproduce", [Text(_SAME_BYTES), Code("The command", _command(card, start, reference))]),
+        _limits(f"It inherits what {model_title(start)} and the training set hold, errors and bias included."),
+    ]
+    title = f"{method.upper()} of {model_title(start)}"
+    _write(folder, title, f"A language model after {METHODS[method]}, by slmfast {__version__}.", method, sections)
+
+
+def _training_figures(
+    card: Mapping[str, Any], history: Sequence[Mapping[str, Any]], data_digest: str
+) -> list[list[str]]:
+    """What was trained on, how far, and with what outcome, a row a figure."""
+    settings, losses = card["settings"], [row["loss"] for row in history]
+    tail = losses[-max(1, len(losses) // 10) :]
+    return [
         ["training rows", whole(card["rows"])],
         ["rows over the window, left out", whole(card["rows_over_the_window"])],
         ["digest of the training set", data_digest],
@@ -70,27 +94,7 @@ def write_training_card(
         ["share of the update's norm that the forward pass saw", percent(card["forward_sees"]["norm"])],
         ["share of the update's norm that bfloat16 would keep", percent(card["bfloat16_keeps"]["norm"])],
         ["seed", str(card["seed"])],
-        *([name, version] for name, version in versions.items()),
     ]
-    told = yaml.safe_dump(dict(settings), sort_keys=False)
-    sections = [
-        Section("How it was made", [Table("Training", ["what", "figure"], rows, 2), Code("Settings", told)]),
-        _use(),
-        Section(
-            "How to reproduce",
-            [
-                Text(
-                    f"With slmfast {__version__}, the versions above, the same starting model, set, settings, seed and "
-                    "number of threads, the same machine gives the same bytes. training.json and training_log.json "
-                    "beside this card hold the settings again and every step's figures."
-                ),
-                Code("The command", _command(card, start, reference)),
-            ],
-        ),
-        _limits(f"It inherits what {model_title(start)} and the training set hold, errors and bias included."),
-    ]
-    title = f"{method.upper()} of {model_title(start)}"
-    _write(folder, title, f"A language model after {METHODS[method]}, by slmfast {__version__}.", method, sections)
 
 
 def write_fusion_card(folder: Path, paths: Sequence[Path], card: Mapping[str, Any]) -> None:

@@ -52,9 +52,9 @@ def _benchmarks(job: Job) -> dict[str, list[Path]]:
     return found
 
 
-def files(job: Job) -> dict[str, list[str]]:
-    """The digests of the benchmarks' files: align runs again when one changes."""
-    return {name: [file_digest(path) for path in paths] for name, paths in _benchmarks(job).items()}
+def files(job: Job) -> dict[str, list[tuple[str, str]]]:
+    """The names and digests of the benchmarks' files: align runs again when one changes."""
+    return {name: [(path.name, file_digest(path)) for path in paths] for name, paths in _benchmarks(job).items()}
 
 
 def accompany(job: Job) -> None:

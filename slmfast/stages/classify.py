@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from slmfast.engines.base import GENERATION_FIELDS, Engine, Generation, by_frequency
-from slmfast.job import Counts, Job, dropped_row, run_units
+from slmfast.job import Counts, Job, check_kept, dropped_row, run_units
 from slmfast.labels import parse_label
 from slmfast.prompts import label_prompt
 from slmfast.records import DROPPED_SCHEMA, prompt_text
@@ -51,6 +51,7 @@ def run(job: Job) -> Counts:
             begin=lambda rows: _ask(job, engine, rows),
             engines=[engine],
         )
+    check_kept(job, first_dropped)
     labelled = read_batches(job.table("records"), columns=["label_generation"])
     ends = Counter(how["finish_reason"] for batch in labelled for how in batch.column(0).to_pylist())
     job.notes["label_ends"] = by_frequency(ends)

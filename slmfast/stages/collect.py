@@ -4,6 +4,8 @@ Sources are read in the recipe's order, which is their priority: of two duplicat
 that can't be one of ours goes to `rejected` with its file, line and reason.
 """
 
+import functools
+import glob
 import itertools
 import os
 from collections.abc import Iterator
@@ -32,13 +34,34 @@ def source_paths(job: Job, source: Source) -> list[Path]:
     """The files of a source, sorted, its globs and variables resolved."""
     check_format(source.name, source.format)
     patterns = [source.path] if isinstance(source.path, str) else source.path
-    key = f"collect.sources.{source.name}.path"
-    return expand_paths([expand(pattern, {"RUN": job.run_dir}, key) for pattern in patterns])
+    key = f"collect.sources.{source.name}"
+    patterns = [expand(pattern, {"RUN": job.run_dir}, f"{key}.path") for pattern in patterns]
+    if source.hub is not None:
+        folder = glob.escape(download_dataset(source.hub, tuple(patterns), f"{key}.hub"))
+        patterns = [f"{folder}/{pattern}" for pattern in patterns]
+    return expand_paths(patterns)
 
 
-def files(job: Job) -> dict[str, list[str]]:
-    """The content hashes of all raw files: collect runs again when one of them changes."""
-    return {source.name: [file_digest(path) for path in source_paths(job, source)] for source in job.settings.sources}
+@functools.cache
+def download_dataset(name: str, patterns: tuple[str, ...], key: str) -> str:
+    """The folder of a dataset on the hub, "owner/name@commit", here; its files that aren't there yet are fetched."""
+    from huggingface_hub import snapshot_download
+
+    repository, _, commit = name.partition("@")
+    try:
+        return snapshot_download(repository, repo_type="dataset", revision=commit, allow_patterns=list(patterns))
+    except Exception as error:  # the hub's client raises many kinds; the user needs one line about the dataset
+        reason = " ".join(str(error).split())[:150]
+        told = f"{name} can't be fetched from the hub ({reason}): fetch its files yourself, and give their path alone"
+        raise UserError(f"recipe key {key}: {told}") from error
+
+
+def files(job: Job) -> dict[str, list[tuple[str, str]]]:
+    """The names and content hashes of all raw files: collect runs again when one of them changes.
+
+    A name's ending says how the file is read, and the table `rejected` has names.
+    """
+    return {source.name: _digests(source_paths(job, source)) for source in job.settings.sources}
 
 
 def run(job: Job) -> Counts:
@@ -63,7 +86,7 @@ def run(job: Job) -> Counts:
             "correct the paths and formats of collect.sources"
         )
     job.notes["sources"] = per_source
-    job.notes["files"] = {source.name: _digests(source_paths(job, source)) for source in job.settings.sources}
+    job.notes["files"] = {name: dict(found) for name, found in files(job).items()}
     return Counts(records.rows + rejected.rows, records.rows, 0, rejected.rows)
 
 
@@ -72,12 +95,12 @@ def _read(job: Job, source: Source) -> Iterator[Record | Rejection]:
     return read_source(source.name, source.format, paths, max_text_bytes=job.settings.max_text_bytes)
 
 
-def _digests(paths: list[Path]) -> dict[str, str]:
-    """The content hash of each file, under its name below the folder that all of them share."""
+def _digests(paths: list[Path]) -> list[tuple[str, str]]:
+    """Each file's name below the folder that all of them share, and its content hash."""
     common = os.path.commonpath([path.parent for path in paths])
     names = (path.relative_to(common).as_posix() for path in paths)
     plain = (name.encode(errors="replace").decode() for name in names)  # a name may hold bytes that are not UTF-8
-    return {name: file_digest(path) for name, path in zip(plain, paths, strict=True)}
+    return [(name, file_digest(path)) for name, path in zip(plain, paths, strict=True)]
 
 
 def _batches(items: Iterator[Record | Rejection]) -> Iterator[list[Record | Rejection]]:

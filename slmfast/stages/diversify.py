@@ -16,7 +16,7 @@ from slmfast import label_audit
 from slmfast.errors import UserError
 from slmfast.job import Counts, Job, run_units
 from slmfast.records import DROPPED_SCHEMA
-from slmfast.sampling import balanced, entropy, gini, seeded_hashes
+from slmfast.sampling import balanced, drawn, entropy, gini, seeded_hashes
 from slmfast.store import (
     ShardWriter,
     atomic_path,
@@ -36,7 +36,10 @@ REASONS = {
     _RARE: "a label of too few records (diversify.min_label_count)",
     _WRONG: "a label that the judge often finds wrong (diversify.audit_threshold)",
 }
-FULL = "its label has its share already (diversify.target)"
+LEFT = {
+    "exact": "its label has its share already (diversify.target)",
+    "random": "not drawn (diversify.selection)",
+}
 
 
 def models(job: Job) -> tuple[str, ...]:
@@ -49,15 +52,18 @@ def run(job: Job) -> Counts:
     source = job.input("classify")
     columns = read_table(source, columns=["id", "label"])
     encoded = columns.column("label").combine_chunks().dictionary_encode()
-    labels = encoded.dictionary.to_pylist()
-    codes = encoded.indices.to_numpy().astype(np.int64)
+    # By name and not by first appearance: of equal labels the first gets what a whole cap leaves over, in any order.
+    order = pc.array_sort_indices(encoded.dictionary).to_numpy()
+    labels = encoded.dictionary.take(pa.array(order)).to_pylist()
+    codes = np.argsort(order)[encoded.indices.to_numpy()]
     counts = np.bincount(codes, minlength=len(labels))
     final = np.where(counts < job.settings.min_label_count, _RARE, np.arange(len(labels)))
     ids = columns.column("id")
     if job.settings.audit is not None:
         final[_audit(job, source, labels, _by_label(final, codes), counts, ids)] = _WRONG
     codes = _by_label(final, codes)
-    keep = balanced(codes, seeded_hashes(_texts(ids), job.recipe.seed, "diversify"), job.settings.target)
+    choose = {"exact": balanced, "random": drawn}[job.settings.selection]
+    keep = choose(codes, seeded_hashes(_texts(ids), job.recipe.seed, "diversify"), job.settings.target)
     if not keep.any():
         raise UserError(
             "diversify keeps no record: every label is rarer than diversify.min_label_count or fails the audit; lower "
@@ -74,7 +80,7 @@ def run(job: Job) -> Counts:
             start += batch.num_rows
             mask = pa.array(keep[rows])
             kept.write(batch.filter(mask))
-            reasons = [REASONS.get(code, FULL) for code in codes[rows][~keep[rows]].tolist()]
+            reasons = [REASONS.get(code, LEFT[job.settings.selection]) for code in codes[rows][~keep[rows]].tolist()]
             dropped.write(_dropped_batch(job, batch.filter(pc.invert(mask)), reasons))
     return Counts(count_rows(source), kept.rows, dropped.rows)
 

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from slmfast.engines.base import GENERATION_FIELDS, Engine, by_frequency
-from slmfast.job import Counts, Job, dropped_row, run_units, unit_counts
+from slmfast.job import Counts, Job, check_kept, dropped_row, run_units, unit_counts
 from slmfast.store import read_batches
 
 INPUTS = ("diversify",)
@@ -41,6 +41,7 @@ def run(job: Job) -> Counts:
             begin=lambda rows: _ask(job, engines, rows),
             engines=list(engines.values()),
         )
+    check_kept(job)
     job.notes["reply_ends"] = _count_ends(job)
     return unit_counts(job, source)
 

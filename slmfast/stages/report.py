@@ -1,22 +1,17 @@
 """Report: the whole run on one page, as self-contained HTML and as Markdown."""
 
 from slmfast.job import Counts, Job
-from slmfast.store import atomic_path
+from slmfast.recipe import STAGES, dump_recipe
+from slmfast.store import MANIFEST, atomic_path, file_digest
 
-INPUTS = (
-    "collect",
-    "categorize",
-    "dedup",
-    "classify",
-    "diversify",
-    "regenerate",
-    "rate",
-    "align",
-    "train",
-    "fuse",
-    "evaluate",
-)
+INPUTS = STAGES[:-1]
 MODELS: tuple[str, ...] = ()
+
+
+def files(job: Job) -> list[str]:
+    """The recipe and the digests of all manifests: the page shows settings and figures on which no data depend."""
+    manifests = [folder / MANIFEST for folder in job.inputs.values()]
+    return [dump_recipe(job.recipe), *(file_digest(path) for path in manifests if path.exists())]
 
 
 def run(job: Job) -> Counts:

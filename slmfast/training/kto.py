@@ -11,12 +11,14 @@ from slmfast.errors import UserError
 from slmfast.model_folder import check_model_folder, write_tensors
 from slmfast.progress import Progress
 from slmfast.store import atomic_path, digest, model_digest
+from slmfast.training.arguments import Run
 from slmfast.training.checkpoint import load_tensors
 from slmfast.training.data import TokenSet, longest_sequence, rotated
 from slmfast.training.extras import add_extras
 from slmfast.training.kto_loss import reference_points, sample_losses
+from slmfast.training.loading import load_model
 from slmfast.training.passes import Pair, Passes, numbers, split_weights
-from slmfast.training.run import Run, Setup, load_model, train
+from slmfast.training.run import Setup, train
 from slmfast.training.settings import TrainSettings
 from slmfast.training.split_weights import masters_of
 

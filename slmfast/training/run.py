@@ -1,66 +1,38 @@
 """One training run from its arguments to a complete model folder: what SFT and KTO share."""
 
-import importlib.util
 import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
-from numbers import Integral
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+from transformers import TrainingArguments
 
 from slmfast.errors import NO_ROOM, UserError
-from slmfast.model_folder import SINGLE, ModelWeights, check_model_folder, check_output, write_companions, write_tensors
+from slmfast.model_folder import SINGLE, check_model_folder, check_output, write_companions, write_tensors
 from slmfast.reporting.model_card import write_training_card
-from slmfast.scoring.head import head_weight
-from slmfast.scoring.loading import check_complete
-from slmfast.store import atomic_path, digest, model_digest, read_json, remove, remove_temporaries, write_json
+from slmfast.store import atomic_path, model_digest, write_json
 from slmfast.training import checkpoint
+from slmfast.training.arguments import CARD, Run, check_arguments, fingerprint_of, is_done, refuse_other
 from slmfast.training.budgeted import enforced, fitted
 from slmfast.training.data import StepOrder, TokenSet, dataset_digest, load_tokens, longest_sequence, make_groups
 from slmfast.training.extras import add_extras, check_extras, merge_adapters
 from slmfast.training.forward_sees import report_update
+from slmfast.training.loading import check_names, load_model, load_tokenizer
 from slmfast.training.optimizer import make_optimizer, rate_factor
 from slmfast.training.pack_budget import PackBudget, usual_budget
 from slmfast.training.passes import Passes, split_weights
 from slmfast.training.settings import TrainSettings
 from slmfast.training.split_weights import SplitWeights
 from slmfast.training.trainer import Objective, ShowProgress, StepTrainer
+from slmfast.training.work_folder import MARK, clear_work, prepare_work, tell_resumed, tidied, work_owner
 
-CARD = "training.json"
 LOG = "training_log.json"
-MARK = "run.json"  # in the work folder: whose checkpoints these are, and the budgets of their packs
-REFERENCES = "reference-*.safetensors"  # there, too: log-probabilities of the reference model
-# On a result's bytes. A budget decides on packs, as the device's memory does where none is set; the mark keeps them.
-WITHOUT_EFFECT = ("save_steps", "checkpointing", "report_to", "budget")
-
-
-@dataclass
-class Run:
-    """The arguments of one training run, and the hash of all that decides its result."""
-
-    model: Path
-    dataset: Path
-    output: Path
-    settings: TrainSettings
-    seed: int
-    threads: int
-    work: Path | None
-    progress: bool
-    fingerprint: str = field(default="", init=False)
-
-    @property
-    def work_folder(self) -> Path:
-        """Where checkpoints and the reference's log-probabilities lie."""
-        return self.work or self.output.parent / ".work" / self.output.name
 
 
 @dataclass(frozen=True)
@@ -89,22 +61,21 @@ def train(run: Run, method: str, make_objective: MakeObjective, models: dict[str
     settings = run.settings
     if settings.method != method:
         raise UserError(f"method is {settings.method!r} in the settings of train_{method}: set it to {method!r}")
-    _check_seed(run)
-    _check_report(settings)
+    check_arguments(run)
     check_extras(settings)
     check_model_folder(run.model)
     check_output(run.output, CARD, [run.model, run.dataset, *models.values()])
-    with _threads(run.threads), _quiet_transformers(), _tidied(run), _full_disk_named(run), enforced(settings.budget):
-        run.fingerprint = _fingerprint(run, {name: model_digest(path) for name, path in models.items()})
-        if _is_done(run):
-            if _work_owner(run) == run.fingerprint:  # killed when all was done but this
-                _clear_work(run)
+    with _threads(run.threads), _quiet_transformers(), tidied(run), _full_disk_named(run), enforced(settings.budget):
+        run.fingerprint = fingerprint_of(run, {name: model_digest(path) for name, path in models.items()})
+        if is_done(run):
+            if work_owner(run) == run.fingerprint:  # killed when all was done but this
+                clear_work(run)
             return run.output
-        _refuse_other(run)
+        refuse_other(run)
         model = load_model(run.model)
-        _check_names(run.model, model)
+        check_names(run.model, model)
         add_extras(model, settings, run.seed)
-        _prepare_work(run)
+        prepare_work(run)
         # A model is never trained beyond the positions it knows, whatever max_length allows.
         settings = replace(settings, max_length=min(settings.max_length, _positions(model, settings)))
         setup, arguments = _set_up(run, settings, model)
@@ -118,10 +89,10 @@ def train(run: Run, method: str, make_objective: MakeObjective, models: dict[str
             trainer.add_callback(ShowProgress(method))
         found = checkpoint.latest(run.work_folder)
         if found:
-            _tell_resumed(run, len(setup.order))
+            tell_resumed(run, len(setup.order))
         trainer.train(resume_from_checkpoint=str(found) if found else None)
         _export(run, model, masters, setup, trainer.history(), models)
-    _clear_work(run)
+    clear_work(run)
     return run.output
 
 
@@ -178,46 +149,6 @@ def _pack_tokens(model: nn.Module, settings: TrainSettings, passes: Passes) -> i
     return settings.pack_tokens or usual_budget(model, passes.checkpointing, states)
 
 
-def load_model(path: Path) -> nn.Module:
-    """Loads a causal language model in fp32, its tensors in memory of their own.
-
-    Raises UserError where that fails, and where its logits are more than its LM head makes of the hidden states.
-    """
-    check_model_folder(path)
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=torch.float32,
-            local_files_only=True,
-            use_safetensors=True,
-            attn_implementation="sdpa",
-            output_loading_info=True,
-        )
-        check_complete(path, info)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{path} can't be loaded as a causal language model ({_one_line(error)}): check it") from error
-    for parameter in model.parameters():
-        # Loaded tensors lie at other alignments than fresh ones, where a matrix product may take another path.
-        parameter.data = parameter.data.clone()
-    head_weight(model)  # training computes logits as scoring does, and is wrong where scoring is
-    return model
-
-
-def load_tokenizer(path: Path) -> Any:
-    """Loads a model folder's tokenizer, which must have a chat template."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} has no tokenizer that can be loaded ({_one_line(error)}): copy it there") from error
-    if not tokenizer.chat_template:
-        raise UserError(f"the tokenizer of {path} has no chat template: add chat_template.jinja")
-    return tokenizer
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
-
-
 def _arguments(run: Run, order: StepOrder) -> TrainingArguments:
     arguments = TrainingArguments(
         output_dir=str(run.work_folder),
@@ -241,99 +172,6 @@ def _arguments(run: Run, order: StepOrder) -> TrainingArguments:
         raise UserError("training was launched in several processes, each of which would train alone: launch one")
     arguments._n_gpu = 1  # with more in sight, transformers would wrap the model in DataParallel
     return arguments
-
-
-def _fingerprint(run: Run, inputs: dict[str, str]) -> str:
-    """A hash of all that decides the result's bytes."""
-    settings = {key: value for key, value in asdict(run.settings).items() if key not in WITHOUT_EFFECT}
-    versions = [torch.__version__, transformers.__version__]
-    data = dataset_digest(run.dataset)
-    return digest([model_digest(run.model), data, inputs, settings, run.seed, torch.get_num_threads(), versions])
-
-
-def _check_seed(run: Run) -> None:
-    if isinstance(run.seed, bool) or not isinstance(run.seed, Integral) or not 0 <= run.seed < 2**32:
-        raise UserError(f"seed is {run.seed!r}: set it to a whole number from 0 to {2**32 - 1}")
-    run.seed = int(run.seed)
-
-
-def _check_report(settings: TrainSettings) -> None:
-    """Refuses to report to what is not installed; transformers would find that out in the middle of its start."""
-    packages = {"none": (), "tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}[settings.report_to]
-    if packages and not any(importlib.util.find_spec(package) for package in packages):
-        raise UserError(f"report_to is {settings.report_to!r}, which is not installed: pip install {packages[0]}")
-
-
-def _check_names(path: Path, model: nn.Module) -> None:
-    """Refuses, before any work, a model whose files name their tensors otherwise than the result would."""
-    with ModelWeights(path) as base:
-        odd = sorted(set(base.names) ^ {name for name, _ in model.named_parameters()})[:3]
-    if odd:
-        raise UserError(f"{path} names its tensors otherwise than transformers does ({odd}): save it anew")
-
-
-def _is_done(run: Run) -> bool:
-    card = run.output / CARD
-    return card.is_file() and read_json(card).get("fingerprint") == run.fingerprint
-
-
-def _refuse_other(run: Run) -> None:
-    """Refuses to replace a finished model by one of another run: it may have taken days."""
-    if (run.output / CARD).is_file():
-        raise UserError(
-            f"{run.output} holds a finished model of other settings, data, seed, threads or versions: choose another "
-            "output folder, or remove that one"
-        )
-
-
-def _prepare_work(run: Run) -> None:
-    """Clears the work folder of half-written files and of what another run left there, and marks it.
-
-    Raises UserError where checkpoints lie in it that bear no mark of ours.
-    """
-    mark, owner = run.work_folder / MARK, _work_owner(run)
-    if owner is None and (mark.exists() or checkpoint.folders(run.work_folder)):
-        raise UserError(f"{run.work_folder} holds somebody else's checkpoints: choose another work folder")
-    if owner is not None:
-        remove_temporaries(run.work_folder)
-    if owner != run.fingerprint:
-        if owner is not None:
-            _tell_dropped(run)
-            _clear_work(run)
-        write_json(mark, {"fingerprint": run.fingerprint})
-
-
-def _tell_dropped(run: Run) -> None:
-    """Says on stderr, in one line, what of another run is about to be cleared away."""
-    steps = checkpoint.steps_done(run.work_folder)
-    if steps:
-        print(
-            f"train {run.settings.method}: {run.work_folder} holds {steps:,} steps of a run with other settings, data, "
-            "seed, threads or versions: they are dropped, and this run begins at its first step",
-            file=sys.stderr,
-        )
-
-
-def _tell_resumed(run: Run, steps: int) -> None:
-    done = checkpoint.steps_done(run.work_folder)
-    print(f"train {run.settings.method}: {done:,} of {steps:,} steps are done, going on from there", file=sys.stderr)
-
-
-def _work_owner(run: Run) -> str | None:
-    """The fingerprint of the run whose checkpoints the work folder holds; None where it bears no mark of ours."""
-    mark = run.work_folder / MARK
-    content = read_json(mark) if mark.is_file() else None
-    return content.get("fingerprint") if isinstance(content, dict) else None
-
-
-def _clear_work(run: Run) -> None:
-    """Removes what a run keeps in its marked work folder, and the folder where nothing else is in it."""
-    checkpoint.prune(run.work_folder, keep=0)
-    for file in (*run.work_folder.glob(REFERENCES), run.work_folder / MARK):  # the mark goes last
-        remove(file)
-    for folder in (run.work_folder, run.work_folder.parent if run.work is None else run.work_folder):
-        if folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
 
 
 def _positions(model: nn.Module, settings: TrainSettings) -> int:
@@ -393,18 +231,6 @@ def _threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@contextmanager
-def _tidied(run: Run) -> Iterator[None]:
-    """Where a run is refused before it has done anything, no work folder stays behind."""
-    try:
-        yield
-    except UserError:
-        owned = bool(run.fingerprint) and _work_owner(run) == run.fingerprint
-        if owned and not checkpoint.folders(run.work_folder) and not any(run.work_folder.glob(REFERENCES)):
-            _clear_work(run)
-        raise
 
 
 @contextmanager

@@ -6,9 +6,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from slmfast.training.arguments import Run
 from slmfast.training.data import TokenSet
 from slmfast.training.passes import Passes
-from slmfast.training.run import Run, Setup, train
+from slmfast.training.run import Setup, train
 from slmfast.training.settings import TrainSettings
 
 

@@ -15,7 +15,7 @@ from collections import Counter
 
 from aiohttp import web
 
-KINDS = ("429", "500", "hang", "cut", "garbage", "missing", "odd")
+KINDS = ("429", "500", "hang", "cut", "garbage", "missing", "odd", "scoreless")
 ODD = [  # JSON, but no answer
     "[" * 100_000,
     '{"choices": [{"message": {"content": [{"text": "a"}]}, "finish_reason": "stop"}], "usage": {"prompt_tokens": 1}}',
@@ -105,6 +105,8 @@ class Server:
             )
         if kind == "odd":
             return web.Response(text=ODD[self.faults[kind] % len(ODD)], content_type="application/json")
+        if kind == "scoreless":
+            del answer["choices"][0]["logprobs"]
         if kind == "missing":
             del answer["choices"][0]
         await asyncio.sleep(self.options.get("seconds", 0) * (1 + self.random.random() * self.options.get("spread", 0)))
@@ -134,7 +136,7 @@ class Server:
             message |= {"content": None, "refusal": "I can't help with that."}
         if "SURROGATE" in messages[-1]["content"]:
             message["content"] = "half \ud83d and \x00 whole \U0001f600"
-        usage = {"prompt_tokens": len(str(messages)), "completion_tokens": tokens}
+        usage = {"prompt_tokens": len(str(messages)), "completion_tokens": tokens} | self.options.get("usage", {})
         return {"choices": [{"message": message, "finish_reason": finish}], "usage": usage}
 
     def completion_answer(self, body):

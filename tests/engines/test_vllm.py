@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from slmfast import pipeline
 from slmfast.commands import MINIATURE
 from slmfast.engines import open_engine
 from slmfast.engines.settings import EngineSettings
@@ -97,6 +98,25 @@ def test_without_the_package_it_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(UserError, match=r"engines\.large\.kind: vllm is not installed .*: install it, or say local"):
         engine_of()
+
+
+def test_without_the_package_no_run_begins(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    recipe = load_recipe(MINIATURE, ["engines.small.kind=vllm"])
+    with pytest.raises(UserError, match=r"engines\.small\.kind: vllm is not installed: install it, or say local"):
+        pipeline.run(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_judge_that_gives_no_scores_stops_a_run_that_needs_one():
+    for given in (["models.engine=vllm"], ["engines.large.kind=vllm"], ["engines.judge.kind=vllm"]):
+        recipe = load_recipe(MINIATURE, [*given, "diversify.audit=10"])
+        recipe.require_complete("classify")
+        for last in ("diversify", "rate", None):
+            with pytest.raises(UserError, match=r"engines\.judge\.kind: vllm gives no scores here"):
+                recipe.require_complete(last)
+    load_recipe(MINIATURE, ["engines.large.kind=vllm"]).require_complete("regenerate")
+    load_recipe(MINIATURE, ["engines.large.kind=vllm", "engines.judge.kind=local"]).require_complete()
 
 
 def test_a_recipe_may_name_it():

@@ -10,7 +10,8 @@ import torch
 import slmfast
 from slmfast import UserError
 from slmfast.engines import Generation, decoding, open_engine
-from slmfast.engines.decoding import Sampling, next_tokens, uniforms
+from slmfast.engines.base import Sampling
+from slmfast.engines.decoding import next_tokens, uniforms
 
 PROMPTS = [
     [{"role": "user", "content": text}]

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from slmfast.training.data import load_tokens, make_groups
 from slmfast.training.kto import KtoObjective, train_kto
+from slmfast.training.loading import load_model, load_tokenizer
 from slmfast.training.passes import Passes
-from slmfast.training.run import load_model, load_tokenizer
 from slmfast.training.settings import TrainSettings
 from slmfast.training.sft import SftObjective, train_sft
 

@@ -16,8 +16,8 @@ from slmfast.errors import UserError
 from slmfast.training import extras
 from slmfast.training.extras import add_extras, check_extras, merge_adapters
 from slmfast.training.kto import train_kto
+from slmfast.training.loading import load_model
 from slmfast.training.memory import plan_memory
-from slmfast.training.run import load_model
 from slmfast.training.settings import TrainSettings
 from slmfast.training.sft import train_sft
 

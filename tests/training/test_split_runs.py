@@ -22,11 +22,11 @@ from slmfast.training import run
 from slmfast.training.data import load_tokens, make_groups
 from slmfast.training.forward_sees import multiplied
 from slmfast.training.kto import KtoObjective, train_kto
+from slmfast.training.loading import load_model, load_tokenizer
 from slmfast.training.logprobs import head_operands, seen_head
 from slmfast.training.optimizer import EPS
 from slmfast.training.pack_budget import PackBudget
 from slmfast.training.passes import Passes, split_weights
-from slmfast.training.run import load_model, load_tokenizer
 from slmfast.training.settings import TrainSettings
 from slmfast.training.sft import SftObjective, train_sft
 from slmfast.training.split_weights import masters_of, merge

@@ -15,10 +15,11 @@ from slmfast.store import read_json, write_json
 from slmfast.training import budgeted, memory
 from slmfast.training.budgeted import CONTEXT, enforced, fitted
 from slmfast.training.kto import train_kto
+from slmfast.training.loading import load_model
 from slmfast.training.memory import RESERVE, MemoryPlan, plan_memory
 from slmfast.training.pack_budget import PackBudget
-from slmfast.training.run import MARK, load_model
 from slmfast.training.settings import TrainSettings
+from slmfast.training.work_folder import MARK
 
 KTO = TrainSettings(method="kto", learning_rate=1e-3, epochs=1, accumulation=2)
 

@@ -7,7 +7,7 @@ import pytest
 
 from slmfast.errors import UserError
 from slmfast.training.data import StepOrder, load_tokens, make_groups, rotated, tokenize
-from slmfast.training.run import load_tokenizer
+from slmfast.training.loading import load_tokenizer
 from slmfast.training.settings import TrainSettings
 
 SFT = TrainSettings(method="sft", learning_rate=1e-3)

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from slmfast.training import layers
+from slmfast.training.loading import load_model
 from slmfast.training.logprobs import forward_precision, target_logprobs
 from slmfast.training.passes import Passes, numbers
-from slmfast.training.run import load_model
 
 CPU = torch.device("cpu")
 STEM = [1, 9, 8, 7, 11, 12, 13, 14, 15, 16]

@@ -12,9 +12,9 @@ from slmfast.errors import UserError
 from slmfast.training import trainer
 from slmfast.training.data import load_tokens, make_groups, rotated
 from slmfast.training.kto import KtoObjective, train_kto
+from slmfast.training.loading import load_model, load_tokenizer
 from slmfast.training.pack_budget import PackBudget, bytes_per_token
 from slmfast.training.passes import Passes
-from slmfast.training.run import load_model, load_tokenizer
 from slmfast.training.settings import TrainSettings
 from slmfast.training.sft import SftObjective, train_sft
 

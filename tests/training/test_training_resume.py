@@ -27,7 +27,7 @@ REFERENCE = "slmfast.training.passes:Passes.score"
 CHECKPOINT_FILE = "slmfast.training.checkpoint:file_digest"  # called for each file of a checkpoint that is written
 SAVED = "slmfast.training.checkpoint:prune"
 EXPORT = "slmfast.training.run:write_companions"
-LAST = "slmfast.training.run:_clear_work"  # when the model is in place
+LAST = "slmfast.training.run:clear_work"  # when the model is in place
 
 
 @pytest.mark.slow
@@ -188,7 +188,7 @@ def stop(*args):
 
 def test_what_a_run_killed_at_its_very_end_left_goes_at_the_next_call(tiny_model, sft_set, tmp_path, monkeypatch):
     settings = replace(SETTINGS, method="sft")
-    monkeypatch.setattr("slmfast.training.run._clear_work", stop)
+    monkeypatch.setattr("slmfast.training.run.clear_work", stop)
     with pytest.raises(InterruptedError):
         train_sft(tiny_model, sft_set, tmp_path / "S1", settings, progress=False)
     assert (tmp_path / ".work" / "S1" / "checkpoint-6").exists() and (tmp_path / "S1" / "training.json").exists()

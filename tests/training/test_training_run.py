@@ -15,8 +15,9 @@ from slmfast.errors import UserError
 from slmfast.fusion import update_survival
 from slmfast.training.data import load_tokens, make_groups
 from slmfast.training.kto import train_kto
+from slmfast.training.loading import load_model, load_tokenizer
 from slmfast.training.passes import Passes
-from slmfast.training.run import _positions, load_model, load_tokenizer
+from slmfast.training.run import _positions
 from slmfast.training.settings import TrainSettings
 from slmfast.training.sft import SftObjective, train_sft
 
