@@ -202,6 +202,7 @@ def test_the_command_searches_with_real_models_and_tasks(tmp_path, capsys):
     where = ["--task-folder", str(folder), "--data", str(folder), "--step", "0.5", "-o", str(tmp_path / "best")]
     assert main(["fuse", str(first), str(second), "--search", "--tasks", "dev", "--test-tasks", "held", *where]) == 0
     said = capsys.readouterr().out
+    assert not (tmp_path / ".best.lock").exists()
     assert "point 3 of 3, weights 0 1" in said and "lead over the best single model" in said
     found = json.loads((tmp_path / "best" / "fusion_search.json").read_text())
     assert [point["weights"] for point in found["points"]] == [[1.0, 0.0], [0.5, 0.5], [0.0, 1.0]]

@@ -9,7 +9,7 @@ import yaml
 from slmfast.commands.tables import format_scores, format_search
 from slmfast.errors import UserError
 from slmfast.recipe import Evaluate, build
-from slmfast.store import only_writer, write_json, write_table
+from slmfast.store import only_writer, remove, write_json, write_table
 from slmfast.yaml_text import load_yaml
 
 
@@ -92,7 +92,8 @@ def fuse(arguments: Namespace) -> None:
 def _search_fusion(arguments: Namespace) -> None:
     from slmfast.fusion_search import SEARCH, search
 
-    if arguments.tasks is None:
+    tasks = _tasks(arguments.tasks)
+    if not tasks:
         raise UserError("--tasks is missing: name the development tasks that choose the weights")
     if arguments.dtype != "float32" or arguments.base is not None:
         raise UserError("--dtype and --base: a search writes float32; fuse its winner's weights again for another type")
@@ -100,7 +101,7 @@ def _search_fusion(arguments: Namespace) -> None:
         if "=" in model and not Path(model).exists():
             raise UserError(f"{model}: a search finds the weights, name the model folder alone")
     development = Evaluate(
-        tasks=arguments.tasks.split(","),
+        tasks=tasks,
         task_folder=arguments.task_folder,
         data=arguments.data,
         limit=arguments.limit,
@@ -112,13 +113,14 @@ def _search_fusion(arguments: Namespace) -> None:
         print("fuse --search: no --test-tasks, so nobody checks that these are not the items that will judge")
     else:
         test = Evaluate(
-            tasks=arguments.test_tasks.split(","),
+            tasks=_tasks(arguments.test_tasks),
             task_folder=arguments.test_task_folder or arguments.task_folder,
             data=arguments.test_data or arguments.data,
             run_generated_code=True,  # only its questions are read
         )
     step = 0.25 if arguments.step is None else arguments.step
-    found = search(arguments.models, arguments.output, development, step=step, test=test)
+    with only_writer(arguments.output.absolute()):
+        found = search(arguments.models, arguments.output, development, step=step, test=test)
     print(format_search(found))
     print(f"fused model: {arguments.output}, all scores: {arguments.output / SEARCH}")
 
@@ -150,25 +152,33 @@ def evaluate(arguments: Namespace) -> None:
             scores[name], items[name] = result.scores, pa.Table.from_pylist(result.items)
             write_table(_beside(arguments.output, "items") / f"{name}.parquet", items[name])
             write_json(_beside(arguments.output, "settings.json"), result.settings)
+    beside = _beside(arguments.output, "differences.json")
+    remove(beside)  # an earlier evaluation's, which the new scores would belie
     write_json(arguments.output, scores)
     print(format_scores(scores))
     if len(models) > 1:
         differences = paired_differences(items, arguments.seed)
-        write_json(_beside(arguments.output, "differences.json"), differences)
+        write_json(beside, differences)
         print(f"\n{format_differences(differences)}")
 
 
 def _evaluation_settings(arguments: Namespace) -> Evaluate:
-    if arguments.tasks is None and arguments.suite is None:
+    tasks = _tasks(arguments.tasks)
+    if not tasks and arguments.suite is None:
         raise UserError("nothing to answer: name --tasks, or --suite paper")
     return Evaluate(
         suite=arguments.suite,
-        tasks=arguments.tasks.split(",") if arguments.tasks else [],
+        tasks=tasks,
         limit=arguments.limit,
         chat_template=False if arguments.no_chat_template else None,
         dtype=arguments.dtype,
         run_generated_code=arguments.run_generated_code,
     )
+
+
+def _tasks(text: str | None) -> list[str]:
+    """The names in a list with commas, each once."""
+    return list(dict.fromkeys(name.strip() for name in (text or "").split(",") if name.strip()))
 
 
 def _beside(output: Path, what: str) -> Path:
@@ -179,7 +189,8 @@ def _beside(output: Path, what: str) -> Path:
 def _named_models(texts: list[str]) -> dict[str, str]:
     models: dict[str, str] = {}
     for text in texts:
-        name, _, model = text.rpartition("=")
+        whole = "=" not in text or (Path(text) / "config.json").is_file()  # a folder may be called lr=1e-6
+        name, _, model = ("", "", text) if whole else text.partition("=")
         name = name or Path(model).name
         if name in models:
             raise UserError(f"{name} is named twice: give each model a name of its own")

@@ -81,7 +81,10 @@ def load_tasks(settings: Evaluate, folder: Path | None, cache: Path, data: Path 
                 loaded[kind].update(found)
     except (OSError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"the data of the tasks {', '.join(settings.names)} can't be read: {reason}") from error
+        remedy = "check the network, or name the folder of a suite's own files with evaluate.data (--data)"
+        raise UserError(
+            f"the data of the tasks {', '.join(settings.names)} can't be read ({reason}): {remedy}"
+        ) from error
     for name, task in loaded["tasks"].items():
         if getattr(task, "UNSAFE_CODE", False):
             raise UserError(f"task {name} runs programs that the model writes, here unguarded: take humaneval instead")

@@ -40,6 +40,22 @@ def test_two_models_side_by_side(tmp_path, capsys):
     assert all(len(json.loads(row["output"])) > 1 for row in chosen)
 
 
+def test_an_earlier_difference_goes_and_a_folder_may_hold_an_equals_sign(tmp_path, capsys):
+    """As do names twice, and commas without one."""
+    write_world(tmp_path / "raw", size=200, seed=0)
+    shutil.copytree(BUILTIN_MODELS / "small", tmp_path / "lr=1e-6" / "S1")
+    tasks = ["--tasks", "mini_compare,mini_compare,", "--task-folder", "builtin:miniature", "--limit", "3"]
+    data, output = ["--data", str(tmp_path / "raw" / "eval")], tmp_path / "out.json"
+    (tmp_path / "out.differences.json").write_text("[]")
+    for model in ("lr=1e-6/S1", "S1=lr=1e-6/S1"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(tmp_path)
+            assert main(["evaluate", model, *tasks, *data, "-o", str(output)]) == 0
+        assert list(json.loads(output.read_text())) == ["S1"]
+        assert list(json.loads(output.read_text())["S1"]) == ["mini_compare"]
+    assert not (tmp_path / "out.differences.json").exists()
+
+
 def test_low_precision_says_what_it_does_not_see(tmp_path, capsys):
     """A step that bf16 rounds away."""
     write_world(tmp_path / "raw", size=200, seed=0)
@@ -68,6 +84,7 @@ def on_the_grid(tmp_path, name, factor):
     ("options", "said"),
     [
         ([], "name --tasks, or --suite paper"),
+        (["--tasks", ","], "name --tasks, or --suite paper"),
         (["--suite", "papers"], "evaluate.suite: use paper"),
         (["--suite", "paper"], "humaneval runs programs that the model writes"),
         (["--tasks", "x", "--dtype", "int8"], "evaluate.dtype: use float32, bfloat16, float16"),
