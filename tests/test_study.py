@@ -71,8 +71,8 @@ def test_the_papers_rates_are_taken_as_they_are_and_scaled_in_their_ratios():
 
 
 def test_given_rates_stand_beside_the_recipes_own():
-    plan = make_plan(load_recipe(MINIATURE), rates=["1e-3@16", "2e-4"])
-    assert [rate.name for rate in plan.rates] == ["S1-0.001@16", "S1", "S1-0.0002"]
+    plan = make_plan(load_recipe(MINIATURE), rates=["1e-3@16", "1e-5"])
+    assert [rate.name for rate in plan.rates] == ["S1-0.001@16", "S1", "S1-1e-5"]
     assert make_plan(load_recipe(MINIATURE), rates=[]).rates == ()
 
 
