@@ -17,7 +17,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from slmfast.miniature.truth import Truth
 from slmfast.recipe import STAGES
+from slmfast.records import prompt_text
 
 pytestmark = pytest.mark.slow
 
@@ -69,6 +71,21 @@ def test_every_row_is_accounted_for(undisturbed):
     rejected = pq.read_table(run_dir / "collect" / "rejected").to_pylist()
     assert rejected
     assert all(row["file"] and row["line"] > 0 and row["reason"] for row in rejected)
+
+
+def test_the_share_of_right_replies_rises_by_at_least_three_tenths(undisturbed):
+    run_dir, _ = undisturbed
+    truth = Truth(run_dir / "raw")
+
+    def share(rows):
+        right = [truth.is_right(prompt_text(prompt), reply) for prompt, reply in rows]
+        assert None not in right
+        return sum(right) / len(right)
+
+    collected = pq.read_table(run_dir / "diversify" / "records").to_pylist()
+    chosen = pq.read_table(run_dir / "align" / "sft").to_pylist()
+    original = share((row["prompt"], row["reply"]) for row in collected)
+    assert share((row["prompt"], row["completion"][0]["content"]) for row in chosen) >= 1.3 * original > 0
 
 
 def test_columns_are_added_and_never_rewritten(undisturbed):

@@ -64,15 +64,15 @@ def test_the_papers_rates_are_taken_as_they_are_and_scaled_in_their_ratios():
     ratios = [rate.settings.learning_rate / own.learning_rate for rate in mini.rates]
     assert ratios == pytest.approx([20, 2, 1])
     assert [rate.settings.effective_batch for rate in mini.rates] == [8, 32, 32]  # 0.3 x 32, in whole groups of 4
-    assert "SFT at 0.001 (batch 8, the paper's 1e-6), 0.0001 (batch 32, the paper's 1e-7)" in describe(mini)
+    assert "SFT at 0.0006 (batch 8, the paper's 1e-6), 6e-5 (batch 32, the paper's 1e-7)" in describe(mini)
     assert mini.seeds == (0, 1, 2, 3)
     assert mini.own_mix == "equal" and "equal" not in mini.mixes
     assert all(sum(weights.values()) == pytest.approx(1) for weights in mini.mixes.values())
 
 
 def test_given_rates_stand_beside_the_recipes_own():
-    plan = make_plan(load_recipe(MINIATURE), rates=["1e-3@16", "2e-4"])
-    assert [rate.name for rate in plan.rates] == ["S1-0.001@16", "S1", "S1-0.0002"]
+    plan = make_plan(load_recipe(MINIATURE), rates=["1e-3@16", "1e-5"])
+    assert [rate.name for rate in plan.rates] == ["S1-0.001@16", "S1", "S1-1e-5"]
     assert make_plan(load_recipe(MINIATURE), rates=[]).rates == ()
 
 
