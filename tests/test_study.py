@@ -15,7 +15,7 @@ import pytest
 from slmfast.errors import UserError
 from slmfast.recipe import Recipe, load_recipe
 from slmfast.study import batch_size, tables
-from slmfast.study.claims import claims
+from slmfast.study.claims import better_rates, claims
 from slmfast.study.errors import difference, seed_mean
 from slmfast.study.plan import describe, make_plan
 from slmfast.study.published import published_scores
@@ -140,6 +140,18 @@ def test_statements_hold_beyond_their_error_and_say_why_not():
     assert not second["holds"] and second["words"].startswith("S3 answers every item as S1 does.")
     assert "by 5.0% of the distance" in second["words"] and "too little to show" in second["words"]
     assert not third["holds"] and third["less"] == "S1" and "the wrong way" in third["words"]
+
+
+def test_a_rate_that_does_better_than_s1_is_told():
+    plan = make_plan(load_recipe(MINIATURE), rates=["1e-3", "1e-5"])
+    worse, better = [[0.0] * 5 + [1.0] * 45] * 2, [[1.0] * 50] * 2
+    results = results_of(
+        {"S1": {"t": worse}, "S1-0.001": {"t": better}, "S1-1e-5": {"t": worse}, "fused": {"t": better}}
+    )
+    words = better_rates(plan, results, 0)
+    assert words.startswith("S1's rate is not the best for SFT alone: SFT at 0.001 lies 10.0 ± ")
+    assert words.endswith("points above it, and 0.0 ± 0.0 above the fused model.") and "1e-5" not in words
+    assert better_rates(plan, results_of({name: {"t": better} for name in results.models}), 0) == ""
 
 
 def test_the_papers_scores_stand_beside_its_own_base_model_alone():

@@ -30,6 +30,8 @@ def format_study(found: dict[str, Any]) -> str:
         lines.append(f"{model:<14}" + "".join(f"{cell:>17}" for cell in cells))
     for claim in found["claims"]:
         lines += ["", f"{claim['statement']}: {'yes' if claim['holds'] else 'no'}. {claim['words']}"]
+    if found["better_rates"]:
+        lines += ["", found["better_rates"]]
     return "\n".join(lines)
 
 

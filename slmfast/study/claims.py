@@ -16,7 +16,7 @@ from slmfast.model_folder import ModelWeights
 from slmfast.recipe import TRAINED
 from slmfast.store import read_json
 from slmfast.study.errors import Difference, difference, seed_mean
-from slmfast.study.plan import BASE, FUSED
+from slmfast.study.plan import BASE, FUSED, Plan, written
 from slmfast.study.results import MEAN, Results
 
 
@@ -42,6 +42,25 @@ def claims(results: Results, seed: int, facts: dict[str, Any]) -> list[dict[str,
             | {"stderr": gap.stderr, "holds": holds, "words": words}
         )
     return found
+
+
+def better_rates(plan: Plan, results: Results, seed: int) -> str:
+    """What qualifies the statements: the rates at which SFT alone does better than S1, in words, or nothing.
+
+    Args:
+        seed: of the bootstrap.
+    """
+    found = []
+    for rate in plan.rates:
+        gap = difference(results, rate.name, "S1", MEAN, seed)
+        if gap.value > gap.stderr:
+            beside = difference(results, rate.name, FUSED, MEAN, seed)
+            found.append(
+                f"SFT at {written(rate.settings.learning_rate)} lies {100 * gap.value:.1f} ± {100 * gap.stderr:.1f} "
+                f"points above it, and {abs(100 * beside.value):.1f} ± {100 * beside.stderr:.1f} "
+                f"{'above' if beside.value >= 0 else 'below'} the fused model."
+            )
+    return " ".join(["S1's rate is not the best for SFT alone:", *found]) if found else ""
 
 
 def _words(model: str, less: str, gap: Difference, seeds: int) -> str:

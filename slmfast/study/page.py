@@ -74,6 +74,7 @@ def _summary(plan: Plan, results: Results, study: dict[str, Any]) -> Section:
         ),
         Table("The statements", header, rows, 2),
         *(Text(claim["words"]) for claim in study["claims"]),
+        *([Text(study["better_rates"])] if study["better_rates"] else []),
         tables.overview(results, study["paper"]),
         drawings.overview(results),
     ]

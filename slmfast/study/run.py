@@ -9,7 +9,7 @@ from slmfast.reporting.html_page import render_html
 from slmfast.reporting.markdown_page import render_markdown
 from slmfast.store import atomic_path, read_json, write_json
 from slmfast.study.batch_size import expected_batch
-from slmfast.study.claims import claims, training_facts
+from slmfast.study.claims import better_rates, claims, training_facts
 from slmfast.study.errors import difference, seed_mean
 from slmfast.study.page import build_page
 from slmfast.study.plan import BASE, MODELS, Plan
@@ -70,6 +70,7 @@ def describe(plan: Plan, results: Results, folder: Path) -> dict[str, Any]:
         "vary_from": plan.vary_from,
         "tasks": results.tasks,
         "claims": claims(results, seed, facts),
+        "better_rates": better_rates(plan, results, seed),
         "means": means,
         "scores": {str(each): scores for each, scores in results.scores.items()},
         "differences": differences,
