@@ -40,7 +40,7 @@ class Results:
     def item_means(self, model: str, task: str) -> pa.Table:
         """The items of a task with their values averaged over the seeds: subset, item, value."""
         own = [table.filter(pc.equal(table["task"], task)) for table in self.items[model].values()]
-        grouped = pa.concat_tables(own).group_by(["subset", "item"]).aggregate([("value", "mean")])
+        grouped = pa.concat_tables(own).group_by(["subset", "item"], use_threads=False).aggregate([("value", "mean")])
         return grouped.rename_columns({"value_mean": "value"})
 
 
