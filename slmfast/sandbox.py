@@ -7,7 +7,8 @@ nothing and so root is given up for an id that nobody has; as another user, a us
 closes what these leave open (`sandbox_filter`). Where any of this can't be had, nothing is run.
 
 The tests run in a second sandbox (`sandbox_guest`), so success is not something that a program could say of itself:
-it only answers calls with plain data. What it can still do is to answer the very calls of the tests from a table.
+it only answers calls with plain data. What it can still do is to answer the very calls of the tests from a table, and
+to make as many empty files as its time allows: the temporary folder's size bounds bytes, not names.
 """
 
 import contextlib
