@@ -1,5 +1,6 @@
 """The sections of a recipe, one a stage under the stage's name: what each may say, and what it says by default."""
 
+import math
 import re
 from dataclasses import dataclass, field
 
@@ -124,7 +125,7 @@ class Regenerate:
 
     def __post_init__(self) -> None:
         require(self.max_new_tokens > 0, "regenerate.max_new_tokens", "give a positive number")
-        require(self.temperature >= 0, "regenerate.temperature", "give zero (greedy) or more")
+        require(0 <= self.temperature < math.inf, "regenerate.temperature", "give zero (greedy) or more")
         require(0 < self.top_p <= 1, "regenerate.top_p", "give a share above 0, at most 1")
         require(self.unit_rows > 0, "regenerate.unit_rows", "give a positive number")
 
@@ -152,7 +153,9 @@ class Align:
 
     def __post_init__(self) -> None:
         require(self.sft_size > 0, "align.sft_size", "give a positive number")
-        require(self.positives_per_negative > 0, "align.positives_per_negative", "give a positive number")
+        require(0 < self.positives_per_negative < math.inf, "align.positives_per_negative", "give a positive number")
+        limit = self.max_reply_tokens
+        require(limit is None or limit > 0, "align.max_reply_tokens", "give a positive number, or null for no limit")
         require(self.outlier_fences > 0, "align.outlier_fences", "give a positive number")
         require(self.contamination in CONTAMINATION, "align.contamination", f"use {', '.join(CONTAMINATION)}")
 
@@ -177,7 +180,7 @@ class Fuse:
     def __post_init__(self) -> None:
         known = set(self.weights) <= {"base", *TRAINED}
         require(known and bool(self.weights), "fuse.weights", "weigh base, S1, S2 and S3 and nothing else")
-        positive = all(weight >= 0 for weight in self.weights.values()) and sum(self.weights.values()) > 0
+        positive = all(0 <= weight < math.inf for weight in self.weights.values()) and sum(self.weights.values()) > 0
         require(positive, "fuse.weights", "give weights of zero or more, one of them positive")
 
 

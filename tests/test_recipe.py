@@ -57,6 +57,10 @@ def test_the_papers_recipe_has_the_papers_constants():
         (f"align.outlier_fences=1{'0' * 400}", r"align\.outlier_fences: give a number"),
         ("models.engine=vllm", r"engines\.judge\.kind: vllm gives no scores here: have the judge run with local"),
         ("name.x=1", "name is not a section"),
+        ("align.max_reply_tokens=0", r"align\.max_reply_tokens: give a positive number, or null"),
+        ("align.positives_per_negative=.inf", r"align\.positives_per_negative: give a positive number"),
+        ("regenerate.temperature=.inf", r"regenerate\.temperature: give zero \(greedy\) or more"),
+        ("fuse.weights.S1=.inf", r"fuse\.weights: give weights of zero or more"),
     ],
 )
 def test_a_wrong_value_names_key_and_remedy(override, expected):
