@@ -12,6 +12,7 @@ import yaml
 
 from slmfast.categories import HEAD_CHARACTERS, TAIL_CHARACTERS, Categorizer
 from slmfast.errors import UserError
+from slmfast.human_categories import human_classes, plain_class
 from slmfast.readers import Record, read_source
 
 DATA = os.environ.get("SLMFAST_DATA")
@@ -187,33 +188,27 @@ def test_patterns_have_no_run_away_repeats(categorizer: Categorizer) -> None:
 # --- agreement with people
 
 
-def mapping(dataset: str) -> dict[str, str]:
-    """Our categories -> a dataset's classes, as data/human_categories.yaml gives them."""
-    raw = yaml.safe_load((resources.files("slmfast") / "data" / "human_categories.yaml").read_text(encoding="utf-8"))
-    return {category: human for human, categories in raw[dataset].items() for category in categories}
-
-
 @pytest.mark.parametrize("dataset", ["belle", "dolly"])
 def test_mapping_is_whole(categorizer: Categorizer, dataset: str) -> None:
-    assert set(mapping(dataset)) == set(categorizer.categories) - {"other"}
+    assert set(human_classes(dataset)) == set(categorizer.categories) - {"other"}
 
 
 def belle() -> list[tuple[str, str]]:
     lines = (Path(DATA) / "belle" / "eval_set_1k.jsonl").read_text(encoding="utf-8").splitlines()
-    return [(row["question"], row["class"].replace("\xa0", " ")) for row in map(json.loads, lines)]
+    return [(row["question"], plain_class(row["class"])) for row in map(json.loads, lines)]
 
 
 def dolly() -> list[tuple[str, str]]:
     records = list(read_source("dolly", "dolly", Path(DATA) / "dolly-3k-alpagasus" / "dolly_3k.json"))
     assert all(isinstance(record, Record) for record in records)
-    return [(r.prompt[0]["content"], r.source_category.replace("general_qa", "open_qa")) for r in records]
+    return [(r.prompt[0]["content"], plain_class(r.source_category)) for r in records]
 
 
 @needs_data
 @pytest.mark.parametrize(("dataset", "least"), [("belle", 0.75), ("dolly", 0.75)])
 def test_agreement_with_people(categorizer: Categorizer, dataset: str, least: float) -> None:
     """On every second row: the others were looked at when the rules were written."""
-    ours = mapping(dataset)
+    ours = human_classes(dataset)
     rows = {"belle": belle, "dolly": dolly}[dataset]()[1::2]
     agreed = sum(ours.get(categorizer.categorize("some source", text)[0]) == human for text, human in rows)
     print(f"{dataset}: {agreed} of {len(rows)} agree")

@@ -38,7 +38,10 @@ class Parsed(NamedTuple):
 
 
 def parse_belle(item: dict[str, Any]) -> Parsed:
-    """`conversations: [{from, value}]`, or `conversation: [{human, assistant}]`, or the Alpaca form."""
+    """`conversations: [{from, value}]`, or `conversation: [{human, assistant}]`, or the Alpaca form.
+
+    BELLE's evaluation set has `question, std_answer, class`.
+    """
     if "conversations" in item:
         turns = [_turn(turn, i) for i, turn in enumerate(_items(item, "conversations"))]
         return _dialogue(turns, "conversations")
@@ -48,6 +51,8 @@ def parse_belle(item: dict[str, Any]) -> Parsed:
             for key, role in (("human", "user"), ("assistant", "assistant")):
                 turns.append((role, _text(pair, key, f"conversation[{i}].{key}")))
         return _dialogue(turns, "conversation")
+    if "std_answer" in item:
+        return _single([_instruction(item, "question")], _text(item, "std_answer"), _category(item, "class"))
     return parse_alpaca(item)
 
 

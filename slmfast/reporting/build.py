@@ -1,6 +1,7 @@
 """All sections of a run as one document."""
 
 from slmfast.reporting import data_section, score_section
+from slmfast.reporting.category_section import categories_section
 from slmfast.reporting.contamination_section import contamination_section
 from slmfast.reporting.data_section import mixture_section, stages_section
 from slmfast.reporting.document import Document, Section, Table
@@ -23,6 +24,7 @@ def build_document(run: RunFolder, scoreboard: Figures | None) -> Document:
         stages_section(run),
         None if scoreboard is None else scoreboard_section(scoreboard),
         mixture_section(run),
+        categories_section(run),
         labels_section(run),
         ratings_section(run),
         sets_section(run),

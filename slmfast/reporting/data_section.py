@@ -99,8 +99,8 @@ def _matching(run: RunFolder) -> list[Block]:
     """How the data are matched by source and language at once: in the raw data and in the SFT set."""
     pairs = ("source", "language")
     found = {
-        "collected": run.count_by_pair("collect", pairs),
-        "SFT": run.count_by_pair("align", pairs, where="in_sft"),
+        "collected": run.count_together("collect", pairs),
+        "SFT": run.count_together("align", pairs, where="in_sft"),
     }
     found = {name: counts for name, counts in found.items() if counts}
     if not found:

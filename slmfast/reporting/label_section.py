@@ -110,7 +110,7 @@ def _audit(run: RunFolder) -> list[Block]:
 def _agreement(run: RunFolder) -> list[Block]:
     """How the model's primary categories go with the rules' categories: two looks at the same instructions."""
     pairs: Counter[tuple[str, str]] = Counter()
-    for (category, label), count in run.count_by_pair("classify", ("category", "label")).items():
+    for (category, label), count in run.count_together("classify", ("category", "label")).items():
         pairs[category, label.partition("-")[0]] += count
     if not pairs:
         return []

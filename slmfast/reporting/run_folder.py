@@ -59,9 +59,11 @@ class RunFolder:
             counts.update(dict(zip(*(groups.column(name).to_pylist() for name in (column, "count_all")), strict=True)))
         return counts
 
-    def count_by_pair(self, stage: str, columns: tuple[str, str], where: str | None = None) -> Counter[tuple[str, str]]:
-        """How many records of a stage have each pair of values of two columns; as count_by."""
-        counts: Counter[tuple[str, str]] = Counter()
+    def count_together(
+        self, stage: str, columns: tuple[str, ...], where: str | None = None
+    ) -> Counter[tuple[Any, ...]]:
+        """How many records of a stage have the same values of several columns; as count_by."""
+        counts: Counter[tuple[Any, ...]] = Counter()
         needed = list(columns) if where is None else [*columns, where]
         folder = self.table(stage, needed)
         if folder is None:
@@ -70,8 +72,8 @@ class RunFolder:
             if where is not None:
                 batch = batch.filter(batch.column(where))
             groups = pa.Table.from_batches([batch]).group_by(list(columns)).aggregate([([], "count_all")])
-            first, second, number = (groups.column(name).to_pylist() for name in (*columns, "count_all"))
-            counts.update(dict(zip(zip(first, second, strict=True), number, strict=True)))
+            values = zip(*(groups.column(name).to_pylist() for name in columns), strict=True)
+            counts.update(dict(zip(values, groups.column("count_all").to_pylist(), strict=True)))
         return counts
 
     def json(self, stage: str, *names: str) -> Any:
