@@ -38,11 +38,11 @@ def test_each_source_with_known_classes_has_a_table(tmp_path):
     belle, dolly = [b for b in categories_section(run_of(tmp_path, rows)).blocks if isinstance(b, Table)]
     assert belle.caption == "b: 1 of 1 records agree, 100.0 %"
     assert dolly.caption == "d: 3 of 5 records agree, 60.0 %"
-    assert dolly.header == ["people's class", "closed_qa", "brainstorming", "open_qa", "none", "records", "agree"]
+    assert dolly.header == ["people's class", "records", "agree", "closed_qa", "brainstorming", "open_qa", "none"]
     assert dolly.rows == [
-        ["closed_qa", "1", "–", "–", "–", "1", "100.0 %"],
-        ["brainstorming", "–", "–", "1", "–", "1", "0.0 %"],
-        ["open_qa", "–", "–", "2", "1", "3", "66.7 %"],
+        ["closed_qa", "1", "100.0 %", "1", "–", "–", "–"],
+        ["brainstorming", "1", "0.0 %", "–", "–", "1", "–"],
+        ["open_qa", "3", "66.7 %", "–", "–", "2", "1"],
     ]
     assert categories_section(run_of(tmp_path / "other", rows[-2:])) is None
 
