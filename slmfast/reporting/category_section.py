@@ -26,8 +26,8 @@ def categories_section(run: RunFolder) -> Section | None:
         return None
     words = (
         "Rows are the classes that people gave, columns those that the rules' categories stand for by "
-        "slmfast/data/human_categories.yaml; the diagonal agrees. Records without a category from people don't count. The "
-        "rules were written with half of BELLE's evaluation set and of a sample of Dolly at hand."
+        "slmfast/data/human_categories.yaml; the diagonal agrees. Records without a category from people don't count. "
+        "The rules were written with half of BELLE's evaluation set and of a sample of Dolly at hand."
     )
     return Section("Rule categories beside people's", [Text(words), *tables])
 
