@@ -117,6 +117,8 @@ def resolve_model(recipe: Recipe, role: str, run_dir: Path) -> str:
     if local.is_dir():
         if not (local / "config.json").is_file():
             raise UserError(f"recipe key {key}: {local} holds no config.json; give a complete model folder")
+        if not served and not any(local.glob("*.safetensors")):
+            raise UserError(f"recipe key {key}: {local} holds no weights (*.safetensors); give a complete model folder")
         return str(local)
     # "owner/name" may be a hub name; anything that looks like a path must exist.
     if name.startswith((".", "/", "~")) or name.count("/") != 1:

@@ -40,7 +40,10 @@ LOCK = ".lock"  # also the mark of a run's folder
 
 
 def stage_module(name: str) -> ModuleType:
-    """The module of a stage. It has INPUTS (stages it reads), MODELS (roles it uses) and run(job) -> Counts."""
+    """The module of a stage. It has INPUTS (stages it reads), MODELS (roles it uses) and run(job) -> Counts.
+
+    SEEDED = False says that the recipe's seed is nothing to it.
+    """
     return importlib.import_module(f"slmfast.stages.{name}")
 
 
@@ -52,6 +55,8 @@ def run(recipe: Recipe, run_dir: Path, last: str | None = None, *, first: str = 
     recipe.require_complete(last)
     names = STAGES[STAGES.index(first) : STAGES.index(last) + 1 if last else None]
     check_later_stages(recipe, run_dir)
+    if "rate" in names and not (run_dir / "rate" / MANIFEST).exists():
+        check_judge(recipe, run_dir)
     if run_dir.exists() and not (run_dir / LOCK).exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
         raise UserError(f"{run_dir} holds other files: give a new folder with --run-dir")
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -109,6 +114,15 @@ def check_later_stages(recipe: Recipe, run_dir: Path) -> None:
         stage_module(name).files(make_job(name, recipe, run_dir))
 
 
+def check_judge(recipe: Recipe, run_dir: Path) -> None:
+    """Raises UserError where the judge's server is there and can't score a text."""
+    engine = recipe.engine("judge")
+    if engine.kind in HTTP:
+        from slmfast.engines.openai import check_scoring
+
+        check_scoring(engine, resolve_model(recipe, "judge", run_dir), f"engines.{recipe.engine_role('judge')}")
+
+
 @contextmanager
 def only_run(run_dir: Path) -> Iterator[None]:
     """Holds the run's folder: two runs in one folder would tear each other's files."""
@@ -163,7 +177,7 @@ def job_key(job: Job) -> str:
             "stage": job.stage,
             "version": __version__,
             "settings": dataclasses.asdict(job.settings),
-            "seed": job.recipe.seed,
+            "seed": job.recipe.seed if getattr(module, "SEEDED", True) else None,
             "models": models,
             "inputs": _input_digests(job),
             "files": module.files(job) if hasattr(module, "files") else None,

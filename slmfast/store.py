@@ -153,9 +153,16 @@ def read_json(path: Path) -> Any:
 
 
 def write_table(path: Path, table: pa.Table) -> None:
-    """Writes one Parquet shard atomically, byte for byte the same for the same rows."""
+    """Writes one Parquet shard atomically, byte for byte the same for the same rows; its pages carry checksums."""
     with atomic_path(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd", row_group_size=ROWS_PER_GROUP, store_schema=True)
+        pq.write_table(
+            table,
+            temporary,
+            compression="zstd",
+            row_group_size=ROWS_PER_GROUP,
+            store_schema=True,
+            write_page_checksum=True,
+        )
 
 
 def shard_path(folder: Path, number: int) -> Path:
@@ -182,7 +189,7 @@ def read_batches(
 ) -> Iterator[pa.RecordBatch]:
     """Streams a table's rows in order, at most `rows` at a time."""
     for path in shards(folder):
-        with readable(path), pq.ParquetFile(path) as file:
+        with readable(path), pq.ParquetFile(path, page_checksum_verification=True) as file:
             yield from file.iter_batches(batch_size=rows, columns=columns)
 
 

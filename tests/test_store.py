@@ -126,6 +126,18 @@ def test_a_damaged_shard_is_named(tmp_path):
             read(tmp_path / "t")
 
 
+def test_a_changed_byte_of_a_page_is_noticed(tmp_path):
+    with ShardWriter(tmp_path / "t", SCHEMA) as writer:
+        writer.write(rows(1000))
+    (path,) = shards(tmp_path / "t")
+    whole = path.read_bytes()
+    column = pq.read_metadata(path).row_group(0).column(0)
+    place = column.data_page_offset + column.total_compressed_size // 2
+    path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    with pytest.raises(UserError, match=r"part-00000\.parquet can't be read"):
+        list(read_batches(tmp_path / "t"))
+
+
 def test_a_folder_is_gone_before_it_is_deleted(tmp_path, monkeypatch):
     (tmp_path / "stage").mkdir()
     (tmp_path / "stage" / "a").write_text("1")

@@ -8,8 +8,10 @@ The law of same bytes begins at the stored replies: a server may answer the same
 of other sizes round otherwise), but no request is put again once its reply is stored.
 """
 
+import dataclasses
 import json
 import math
+import tempfile
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +25,7 @@ from slmfast.engines.base import Generation, Prompt, checked_sampling, describe_
 from slmfast.engines.http_client import NoReply, Refused, Unreadable
 from slmfast.engines.reply_store import REFUSED, StoredReply, storable
 from slmfast.engines.settings import EngineSettings
-from slmfast.engines.stored_requests import Request, StoredRequests
+from slmfast.engines.stored_requests import CannotScore, Request, StoredRequests
 from slmfast.errors import UserError
 from slmfast.scoring.choices import scored_choices
 from slmfast.scoring.encoding import Encoder, check_text, listed_prompts
@@ -91,6 +93,10 @@ class OpenAIEngine:
                 raise
             self.client.forgive()  # a server need not have this list
             return None
+        except UserError as error:  # it may have one, and say later how long a text may be
+            raise self.client.given_up(
+                UserError(f"{error}. Where it has no list of models, give {self.key}.window, and none is asked for")
+            ) from None
 
     def count_tokens(self, prompts: Sequence[Prompt]) -> list[int]:
         """The length in tokens of each prompt, rendered with the tokenizer's own template."""
@@ -218,6 +224,30 @@ class OpenAIEngine:
     def close(self) -> None:
         """Breaks off what is still asked and closes the store."""
         self.requests.close()
+
+
+def check_scoring(settings: EngineSettings, tokenizer: str | Path, key: str) -> None:
+    """Has a server score two tokens: what a judge can't do is to be known before days of other work.
+
+    A server that isn't there yet is not asked: it may be started when its stage begins.
+
+    Args:
+        key: the recipe's section of these settings, for the message.
+
+    Raises:
+        CannotScore: the server answers, but gives no log-probabilities of a text.
+    """
+    once = dataclasses.replace(settings, tries=1)
+    with tempfile.TemporaryDirectory() as folder:
+        engine = OpenAIEngine(once, tokenizer, store=Path(folder) / "replies.sqlite", role="judge", key=key)
+        try:
+            engine.requests.answers([engine._score([1], [2])])
+        except CannotScore:
+            raise
+        except UserError as error:
+            print(f"{key} is asked again when its stage begins: {error}", flush=True)
+        finally:
+            engine.close()
 
 
 def _generation(reply: StoredReply, parameters: str) -> Generation:

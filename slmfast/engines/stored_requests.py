@@ -34,6 +34,10 @@ class Request:
         return cls(hashlib.blake2b(text.encode(), digest_size=16).digest(), path, body, read)
 
 
+class CannotScore(UserError):
+    """A server gives no log-probabilities of a given text."""
+
+
 class StoredRequests:
     """What was asked of one server, and what is on its way.
 
@@ -152,9 +156,9 @@ class StoredRequests:
 
         return self.wait(call())
 
-    def cannot_score(self, reason: str) -> UserError:
+    def cannot_score(self, reason: str) -> CannotScore:
         """The error of a server that does not serve to score a text, and why."""
-        return UserError(
+        return CannotScore(
             f"recipe section {self.key}: {self.client.url} can't score a given text ({reason}): rate with kind local, "
             "or serve the judge with vLLM"
         )

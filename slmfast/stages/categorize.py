@@ -14,6 +14,7 @@ from slmfast.store import ShardWriter, count_rows, file_digest, read_batches, ta
 
 INPUTS = ("collect",)
 MODELS: tuple[str, ...] = ()
+SEEDED = False
 
 COLUMNS = [pa.field("category", pa.string(), nullable=False), pa.field("rule_id", pa.string(), nullable=False)]
 

@@ -25,6 +25,7 @@ from slmfast.store import ShardWriter, file_digest
 
 INPUTS: tuple[str, ...] = ()
 MODELS: tuple[str, ...] = ()
+SEEDED = False
 
 BATCH = 2048  # records, or
 BATCH_CHARACTERS = 4 << 20

@@ -18,6 +18,7 @@ from slmfast.store import ShardWriter, count_rows, read_batches, table_schema
 
 INPUTS = ("categorize",)
 MODELS: tuple[str, ...] = ()
+SEEDED = False
 
 TEXT_SCHEMA = pa.schema([("text", pa.large_string()), ("id", pa.large_string())])
 

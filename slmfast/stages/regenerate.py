@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from slmfast.engines.base import GENERATION_FIELDS, Engine, by_frequency
+from slmfast.errors import UserError
 from slmfast.job import Counts, Job, check_kept, dropped_row, run_units, unit_counts
 from slmfast.store import read_batches
 
@@ -60,11 +61,22 @@ def _window(engines: dict[str, Engine]) -> int:
     return min(engine.window for engine in engines.values())
 
 
+def _room(job: Job, engines: dict[str, Engine]) -> int:
+    """The most tokens that a prompt may have: what the longest reply leaves of the smaller window."""
+    window, longest = _window(engines), job.settings.max_new_tokens
+    if longest >= window:
+        raise UserError(
+            f"recipe key regenerate.max_new_tokens: {longest:,} leave no room for a prompt in the reply models' window "
+            f"of {window:,} tokens: give a smaller number"
+        )
+    return window - longest
+
+
 def _ask(job: Job, engines: dict[str, Engine], rows: list[dict[str, Any]]) -> list[bool]:
     """Begins to answer rows with both models; says which of them fit in the windows."""
     prompts = [row["prompt"] for row in rows]
     lengths = [engine.count_tokens(prompts) for engine in engines.values()]
-    room = _window(engines) - job.settings.max_new_tokens
+    room = _room(job, engines)
     fits = [max(tokens) <= room for tokens in zip(*lengths, strict=True)]
     for engine in engines.values():
         engine.begin([prompt for prompt, fit in zip(prompts, fits, strict=True) if fit], **_options(job))
@@ -82,7 +94,7 @@ def _answer_rows(
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     asked = [row["prompt"] for row, fit in zip(rows, fits, strict=True) if fit]
     replies = {role: iter(engine.generate(asked, **_options(job))) for role, engine in engines.items()}
-    kept, dropped = [], []
+    kept, dropped, room = [], [], _room(job, engines)
     for row, fit in zip(rows, fits, strict=True):
         if fit:
             answers = [{"origin": "original", "text": row["reply"], "finish_reason": "stop"}]
@@ -91,5 +103,6 @@ def _answer_rows(
                 answers.append({"origin": role, "text": reply.text} | reply.fields(job.model_name(role)))
             kept.append(row | {"replies": answers})
         else:
-            dropped.append(dropped_row(job.stage, row, f"over the reply models' window of {_window(engines)} tokens"))
+            reason = f"over the {room:,} tokens that regenerate.max_new_tokens leaves of the reply models' window"
+            dropped.append(dropped_row(job.stage, row, reason))
     return kept, dropped

@@ -2,8 +2,6 @@
 
 from slmfast.job import Counts, Job
 from slmfast.recipe import TRAINED
-from slmfast.training.kto import train_kto
-from slmfast.training.sft import train_sft
 
 INPUTS = ("align",)
 MODELS = ("base",)
@@ -13,6 +11,10 @@ STARTS = {"S1": None, "S2": None, "S3": "S1"}  # the model each starts from; Non
 
 def run(job: Job) -> Counts:
     """Writes the folders S1, S2 and S3, each a complete model; one that is there already is finished."""
+    # Only here: whoever merely asks what is up to date needs neither torch nor transformers.
+    from slmfast.training.kto import train_kto
+    from slmfast.training.sft import train_sft
+
     for name in TRAINED:
         output = job.folder / name
         if output.exists():

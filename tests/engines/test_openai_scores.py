@@ -5,6 +5,8 @@ import pytest
 
 from slmfast import UserError
 from slmfast.engines import open_engine
+from slmfast.engines.openai import check_scoring
+from slmfast.engines.settings import EngineSettings
 from slmfast.job import BUILTIN_MODELS
 
 
@@ -53,3 +55,17 @@ def test_an_answer_without_scores_between_others_is_asked_for_again(serve, engin
     scores = engine.choose(["Is it?", "Or not?", "Who knows?"], [["yes", "no"]] * 3)
     assert np.isfinite(scores).all()
     assert engine.client.failures["an answer that can't be read"] > 0
+
+
+def test_what_a_judge_can_do_is_asked_before_the_other_stages(serve, capsys):
+    folder = BUILTIN_MODELS / "large"
+
+    def ask(url):
+        check_scoring(EngineSettings(kind="openai", base_url=url, model="served", tries=9), folder, "engines.judge")
+
+    ask(serve(model=str(folder)).url)
+    assert capsys.readouterr().out == ""
+    with pytest.raises(UserError, match=r"engines\.judge: .* can't score a given text"):
+        ask(serve(model=str(folder), echo=False).url)
+    ask("http://127.0.0.1:9/v1")  # not started yet
+    assert "engines.judge is asked again when its stage begins" in capsys.readouterr().out

@@ -228,13 +228,20 @@ def test_a_killed_stage_goes_on_and_ends_with_the_same_bytes(serve, collected, t
 def test_a_stage_that_keeps_nothing_says_why(name, tmp_path):
     """And not a later one, in words about something else; it is not taken for done."""
     source = records(["What is 3 + 4?", "What is 4 + 5?", "And 5 + 6?"], tmp_path / "in")
-    recipe = load_recipe(None, [f"{name}.max_new_tokens=5000", "classify.sample=2"])
+    longest = {"classify": 5000, "regenerate": 1023}[name]
+    recipe = load_recipe(None, [f"{name}.max_new_tokens={longest}", "classify.sample=2"])
     job = Job(name, recipe, tmp_path, tmp_path / "out", dict.fromkeys(("dedup", "diversify"), source))
     for _ in range(2):
-        with pytest.raises(
-            UserError, match=rf"{name} keeps no record \([23] go for: over the .* window of .* tokens\)"
-        ):
+        with pytest.raises(UserError, match=rf"{name} keeps no record \([23] go for: over the .* window.*\)"):
             pipeline.run_stage(job)
+
+
+def test_replies_as_long_as_the_window_are_refused(tmp_path):
+    source = records(["What is 3 + 4?"], tmp_path / "in")
+    recipe = load_recipe(None, ["regenerate.max_new_tokens=1024"])
+    job = Job("regenerate", recipe, tmp_path, tmp_path / "out", {"diversify": source})
+    with pytest.raises(UserError, match=r"regenerate\.max_new_tokens: 1,024 leave no room .* window of 1,024 tokens"):
+        pipeline.run_stage(job)
 
 
 def test_the_next_units_are_begun_before_one_is_due():
