@@ -242,6 +242,7 @@ def _add_fuse(commands: argparse._SubParsersAction) -> None:
     fuse.add_argument("-o", "--output", type=Path, required=True, help="the model folder to write")
     fuse.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16 (default float32)")
     fuse.add_argument("--base", help="the model before training: what share of its update another type keeps is told")
+    fuse.add_argument("--mixed-dtypes", action="store_true", help="average parts of different types as they are stored")
     fuse.add_argument("--search", action="store_true", help="find the weights on development tasks")
     fuse.add_argument("--step", type=float, help="of the grid of weights (default 0.25)")
     fuse.add_argument("--tasks", help="development tasks, separated by commas")

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from slmfast.errors import UserError
-from slmfast.fusion_checks import check_same_kind
+from slmfast.fusion_checks import check_same_dtypes, check_same_kind
 from slmfast.fusion_pieces import PIECE, Part, write_average
 from slmfast.model_folder import SINGLE, ModelWeights, check_output, check_same_tensors, write_companions
 from slmfast.reporting.model_card import write_fusion_card
-from slmfast.store import atomic_path, write_json
+from slmfast.store import atomic_path, read_json, write_json
 
 CARD = "fusion.json"
 DTYPES = {
@@ -112,6 +112,7 @@ def fuse(
     dtype: str = "float32",
     *,
     base: str | Path | None = None,
+    mixed_dtypes: bool = False,
 ) -> dict[str, Any]:
     """Writes the weighted average of models as a complete model folder, and returns its card.
 
@@ -125,6 +126,7 @@ def fuse(
         dtype: the type of the stored weights. Any but float32 prints what share of the update survives in it.
         base: the model from which that update is measured; by default the first of `models`, and where that is the
             only one nothing can be measured, which is said instead.
+        mixed_dtypes: average parts whose tensors are of different types too: each value exactly as it is stored.
 
     Returns:
         The card, also written as `fusion.json`: parts with their weights and a hash of their tensors, the type, and
@@ -132,7 +134,8 @@ def fuse(
 
     Raises:
         UserError: no models, one named twice, a bad weight, tensors whose names, shapes or values do not allow an
-            average, different architectures or vocabularies, or an output that would replace something else.
+            average, different types, architectures or vocabularies, or an output that would replace something
+            else, such as another average.
     """
     shares = _normalised(models)
     paths = list(shares)
@@ -144,12 +147,16 @@ def fuse(
         for part in parts:
             check_same_tensors(first, part.weights)
             check_same_kind(first.path, part.weights.path)
+            if not mixed_dtypes:
+                check_same_dtypes(first, part.weights)
         survival = _survival_counter(stack, first, len(paths), kind, base)
         with atomic_path(target) as folder:
             folder.mkdir()
             write_companions(paths[0], folder, kind)
             digests = write_average(parts, folder / SINGLE, kind, None if survival is None else survival.add)
-            card = _card(parts, digests, kind, survival)
+            card = _card(parts, digests, kind, survival, mixed_dtypes)
+            if (target / CARD).exists() and read_json(target / CARD) != card:
+                raise UserError(f"{target} holds another fused model: give another output, or remove it first")
             write_json(folder / CARD, card)
             write_fusion_card(folder, paths, card)
     return card
@@ -202,12 +209,16 @@ def _normalised(models: Mapping[str | Path, float]) -> dict[Path, float]:
     return {path: weight / total for path, weight in weights.items()}
 
 
-def _card(parts: list[Part], digests: list[str], kind: torch.dtype, survival: _Survival | None) -> dict[str, Any]:
+def _card(
+    parts: list[Part], digests: list[str], kind: torch.dtype, survival: _Survival | None, mixed: bool
+) -> dict[str, Any]:
     made = [
         {"name": part.weights.path.name, "weight": part.share, "digest": weights_digest}
         for part, weights_digest in zip(parts, digests, strict=True)
     ]
     card: dict[str, Any] = {"parts": made, "dtype": _name(kind)}
+    if mixed:
+        card["mixed_dtypes"] = True
     if survival is not None:
         kept, base = survival.counter.result(), survival.base.path.name
         card["update_survival"] = {**kept._asdict(), "base": base}

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from slmfast.errors import UserError
-from slmfast.model_folder import read_config
+from slmfast.model_folder import ModelWeights, read_config
 
 # What a config says of a model that no tensor's shape shows. A key that one of two configs lacks tells nothing.
 _UNSEEN = (
@@ -43,6 +43,17 @@ def check_same_kind(first: Path, other: Path) -> None:
         differ = _first_difference(_tokens(first / name), _tokens(other / name))
     if differ is not None:
         raise UserError(f"{first} and {other} have different vocabularies ({differ}): take models of one tokenizer")
+
+
+def check_same_dtypes(first: ModelWeights, other: ModelWeights) -> None:
+    """A UserError that names the first tensor whose type differs: one part is coarser than it looks, or was cast."""
+    for name in first.names:
+        one, two = (str(part.dtype(name)).removeprefix("torch.") for part in (first, other))
+        if one != two:
+            raise UserError(
+                f"tensor {name} is {one} in {first.path} and {two} in {other.path}: save both in one type, or average "
+                "them as they are with mixed_dtypes (--mixed-dtypes)"
+            )
 
 
 def _first_difference(one: dict[int, str], two: dict[int, str]) -> str | None:

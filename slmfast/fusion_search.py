@@ -22,7 +22,7 @@ from slmfast.evaluation.run import load_tasks
 from slmfast.fusion import CARD, fuse
 from slmfast.model_folder import check_output
 from slmfast.recipe import Evaluate
-from slmfast.store import WORK, digest, file_digest, model_digest, read_json, write_json
+from slmfast.store import WORK, digest, file_digest, model_digest, read_json, remove, write_json
 
 SEARCH = "fusion_search.json"
 _STATE = "search.json"
@@ -99,7 +99,7 @@ def search(
     best = max(scored, key=lambda point: (point.value, -sum(weight**2 for weight in point.weights)))
     document = _document(paths, development, step, scored, best)
     winner = points[scored.index(best)]
-    fuse({path: share for path, share in zip(paths, winner, strict=True) if share}, target)
+    fuse({path: share for path, share in zip(paths, winner, strict=True) if share}, target, mixed_dtypes=True)
     write_json(target / SEARCH, document)
     return document
 
@@ -130,7 +130,8 @@ def _score(
     model = next(iter(used))  # alone, a model is its own average bit for bit
     if len(used) > 1:
         model = work / "fused"
-        fuse(used, model)
+        remove(model)
+        fuse(used, model, mixed_dtypes=True)
     result = evaluate_model(str(model), settings, folder, scratch / "cache")
     errors = [score["stderr"] for score in result.scores.values()]
     items: dict[str, list[float]] = {}

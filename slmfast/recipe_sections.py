@@ -13,6 +13,7 @@ TRAINED = ("S1", "S2", "S3")
 CONTAMINATION = ("report", "remove", "skip")
 # Benchmarks of a suite and their numbers of worked examples; slmfast.evaluation.suite says where these are from.
 SUITES = {"paper": {"mmlu": 5, "cmmlu": 5, "ceval-valid": 5, "humaneval": 0, "gsm8k": 4}}
+SUITE_NAMES = {"ceval": "ceval-valid"}  # what people call a benchmark, and lm-eval's name of it
 CODE_TASKS = ("humaneval", "mbpp")  # how the names of tasks begin that run what a model wrote
 EVALUATION_DTYPES = ("float32", "bfloat16", "float16")
 
@@ -216,7 +217,9 @@ class Evaluate:
     @property
     def names(self) -> list[str]:
         """The tasks, those of the suite where none are named."""
-        return self.tasks or list(SUITES.get(self.suite or "", {}))
+        if self.suite is None:
+            return self.tasks
+        return [SUITE_NAMES.get(task, task) for task in self.tasks] or list(SUITES[self.suite])
 
     @property
     def templated(self) -> bool:

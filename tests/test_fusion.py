@@ -115,7 +115,7 @@ def test_pieces_and_threads_change_no_bit(tmp_path, monkeypatch, threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        card = fuse(dict(zip(parts, shares, strict=True)), tmp_path / "fused")
+        card = fuse(dict(zip(parts, shares, strict=True)), tmp_path / "fused", mixed_dtypes=True)
     finally:
         torch.set_num_threads(before)
     found = load_file(tmp_path / "fused" / "model.safetensors")
@@ -346,3 +346,22 @@ def test_a_damaged_index_is_named(tmp_path, text, message):
     (folder / "model.safetensors.index.json").write_text(text)
     with pytest.raises(UserError, match=message):
         ModelWeights(folder)
+
+
+def test_parts_of_different_types_are_refused_unless_asked_for(models, tmp_path):
+    coarse = save(tmp_path / "coarse", {n: t.bfloat16() for n, t in load_file(models[1] / "model.safetensors").items()})
+    with pytest.raises(UserError, match=r"tensor .* is float32 in .* and bfloat16 in .*coarse.*--mixed-dtypes"):
+        fuse({models[0]: 1, coarse: 1}, tmp_path / "fused")
+    fuse({models[0]: 1, coarse: 1}, tmp_path / "fused", mixed_dtypes=True)
+    one, two, average = (load_file(path / "model.safetensors") for path in (models[0], coarse, tmp_path / "fused"))
+    for name in average:
+        wanted = (one[name].double() / 2 + two[name].double() / 2).float()
+        assert torch.equal(average[name], wanted)
+
+
+def test_another_fused_model_is_not_replaced(models, tmp_path):
+    fuse({models[0]: 1, models[1]: 1}, tmp_path / "fused")
+    fuse({models[0]: 2, models[1]: 2}, tmp_path / "fused")  # the same one
+    with pytest.raises(UserError, match=r"fused holds another fused model: give another output, or remove it"):
+        fuse({models[0]: 1, models[1]: 2}, tmp_path / "fused")
+    assert json.loads((tmp_path / "fused" / "fusion.json").read_text())["parts"][1]["weight"] == 0.5

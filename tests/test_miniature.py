@@ -139,6 +139,15 @@ def test_evaluation_items_are_right_by_themselves(world: Path) -> None:
                 assert int(item["answer"]) == pick(map(int, item["choices"]))
 
 
+def test_development_items_are_others(world):
+    for task in EVALUATION_TASKS:
+        test, development = (
+            [json.loads(line)["question"] for line in (world / split / f"{task}.jsonl").read_text().splitlines()]
+            for split in ("eval", "dev")
+        )
+        assert len(test) == len(development) == len({*test, *development}) / 2 == 200
+
+
 def test_code_answers_are_what_python_prints() -> None:
     rng = Random(1)
     for skill in ("code_print", "code_string"):

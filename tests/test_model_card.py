@@ -68,7 +68,7 @@ def test_a_fused_model_has_a_card_of_its_own(tmp_path):
     base = Path(__file__).parent.parent / "slmfast" / "miniature" / "models" / "small"
     other = tmp_path / "other"
     fuse({base: 1}, other)
-    fuse({base: 1, other: 3}, tmp_path / "fused")
+    fuse({base: 1, other: 3}, tmp_path / "fused", mixed_dtypes=True)
     front, body = parts((tmp_path / "fused" / "README.md").read_text(encoding="utf-8"))
     assert front["tags"] == ["slmfast", "fusion"] and "# Average of small, other" in body
     assert "| small | 0.2500 |" in body and "| other | 0.7500 |" in body
@@ -77,7 +77,8 @@ def test_a_fused_model_has_a_card_of_its_own(tmp_path):
 def test_the_command_of_a_fused_model_gives_its_own_weights_back(tmp_path):
     base = Path(__file__).parent.parent / "slmfast" / "miniature" / "models" / "small"
     fuse({base: 1}, tmp_path / "other")
-    card = fuse({base: 1, tmp_path / "other": 6}, tmp_path / "fused")
+    card = fuse({base: 1, tmp_path / "other": 6}, tmp_path / "fused", mixed_dtypes=True)
+    assert "--dtype float32 --mixed-dtypes -o" in (tmp_path / "fused" / "README.md").read_text()
     command = re.search("slmfast fuse (.*) --dtype", (tmp_path / "fused" / "README.md").read_text()).group(1)
     weights = [float(part.partition("=")[2]) for part in command.split()]
     assert [weight / sum(weights) for weight in weights] == [part["weight"] for part in card["parts"]] == [1 / 7, 6 / 7]

@@ -6,7 +6,7 @@ import pytest
 
 from slmfast.commands import MINIATURE
 from slmfast.errors import UserError
-from slmfast.recipe import STAGES, dump_recipe, expand, load_recipe
+from slmfast.recipe import STAGES, Evaluate, dump_recipe, expand, load_recipe
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
@@ -121,3 +121,8 @@ def test_variables_in_paths(monkeypatch, tmp_path):
 def test_stages_are_sections():
     recipe = load_recipe(MINIATURE)
     assert all(hasattr(recipe, stage) for stage in STAGES)
+
+
+def test_a_suites_benchmark_may_be_called_as_people_call_it():
+    assert Evaluate(suite="paper", tasks=["ceval", "mmlu"]).names == ["ceval-valid", "mmlu"]
+    assert Evaluate(tasks=["ceval"]).names == ["ceval"]

@@ -85,7 +85,9 @@ def fuse(arguments: Namespace) -> None:
         except ValueError as error:
             raise UserError(f"{text}: the weight is not a number") from error
     with only_writer(arguments.output.absolute()):
-        fuse_models(weights, arguments.output, dtype=arguments.dtype, base=arguments.base)
+        fuse_models(
+            weights, arguments.output, dtype=arguments.dtype, base=arguments.base, mixed_dtypes=arguments.mixed_dtypes
+        )
     print(f"fused model: {arguments.output}")
 
 
@@ -95,8 +97,11 @@ def _search_fusion(arguments: Namespace) -> None:
     tasks = _tasks(arguments.tasks)
     if not tasks:
         raise UserError("--tasks is missing: name the development tasks that choose the weights")
-    if arguments.dtype != "float32" or arguments.base is not None:
-        raise UserError("--dtype and --base: a search writes float32; fuse its winner's weights again for another type")
+    if arguments.dtype != "float32" or arguments.base is not None or arguments.mixed_dtypes:
+        raise UserError(
+            "--dtype, --base, --mixed-dtypes: a search writes float32 and takes models of any type; fuse its winner's "
+            "weights again for another"
+        )
     for model in arguments.models:
         if "=" in model and not Path(model).exists():
             raise UserError(f"{model}: a search finds the weights, name the model folder alone")

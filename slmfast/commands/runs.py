@@ -48,6 +48,7 @@ def status(arguments: Namespace) -> None:
     run_dir = arguments.run_dir
     if not (run_dir / "recipe.yaml").exists():
         raise UserError(f"{run_dir} holds no run: give the --run-dir of a run")
+    _refuse_study(run_dir)
     recipe = load_recipe(run_dir / "recipe.yaml")
     fresh = True
     for name in STAGES:
@@ -56,6 +57,11 @@ def status(arguments: Namespace) -> None:
         print(f"{name:<12}{'done' if fresh else _unfinished(job)}")
     print()
     print(pipeline.format_stage_table(pipeline.stage_table(run_dir)))
+
+
+def _refuse_study(run_dir: Path) -> None:
+    if runs := sorted(path.name for path in run_dir.glob("seed-*")):
+        raise UserError(f"{run_dir} is a study, which slmfast study writes: name one of its runs, such as {runs[0]}")
 
 
 def _unfinished(job: Job) -> str:

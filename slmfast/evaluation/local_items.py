@@ -56,7 +56,8 @@ FILES: dict[str, Callable[[Path, str], dict[str, Path]]] = {
 def existing(benchmark: str, split: str, file: Path) -> Path:
     """The file itself. Raises UserError where it is missing."""
     if not file.is_file():
-        remedy = f"put {benchmark}'s {split} items there, or leave {benchmark} out of evaluate.tasks"
+        others = f"leave {benchmark} out: name the others in evaluate.tasks (--tasks)"
+        remedy = f"put {benchmark}'s {split} items there, or {others}"
         raise UserError(f"{file} is missing: {remedy}")
     return file
 

@@ -59,12 +59,14 @@ def evaluate_model(
         task_dict=tasks,
         limit=settings.limit,
         apply_chat_template=settings.templated,
+        fewshot_as_multiturn=settings.templated,  # as lm-eval's own command has it: an example is a turn and its reply
         log_samples=True,
         bootstrap_iters=1000,
     )
     scores = {task: _score(results, task, metric) for task, metric in metrics.items()}
     items = [row for task, metric in metrics.items() for row in _items(results, task, metric)]
-    return Evaluation(scores, items, {task: _settings(results, task, metric) for task, metric in metrics.items()})
+    told = {task: _settings(results, task, metric, settings) for task, metric in metrics.items()}
+    return Evaluation(scores, items, told)
 
 
 def load_tasks(settings: Evaluate, folder: Path | None, cache: Path, data: Path | None = None) -> dict[str, Any]:
@@ -158,9 +160,16 @@ def _output(responses: list[list[Any]]) -> str:
     return json.dumps([value[0] if isinstance(value, tuple) else value for value in first])
 
 
-def _settings(results: dict[str, Any], task: str, metric: str) -> dict[str, Any]:
+def _settings(results: dict[str, Any], task: str, metric: str, settings: Evaluate) -> dict[str, Any]:
     leaf = _leaves(results, task)[0]
-    return {"shots": results["n-shot"][leaf], "metric": metric, "filter": _filter(results, task)}
+    return {
+        "shots": results["n-shot"][leaf],
+        "metric": metric,
+        "filter": _filter(results, task),
+        "dtype": settings.dtype,
+        "chat_template": settings.templated,
+        "limit": settings.limit,
+    }
 
 
 def described(settings: Evaluate, data: Path | None = None) -> str:

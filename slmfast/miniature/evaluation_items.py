@@ -1,6 +1,7 @@
 """The evaluation items of the world: held-out contents that stand neither in the raw files nor in training."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 
@@ -8,6 +9,7 @@ from slmfast.miniature.skills import Item, draw_item
 from slmfast.store import atomic_path
 
 ITEMS_PER_TASK = 200
+DEVELOPMENT = 1 << 20  # is added to the seed of the test's items
 TASK_SKILLS = {
     "mini_arithmetic": ("add", "subtract", "gain", "lose"),
     "mini_code": ("code_print", "code_string", "code_expression"),
@@ -18,9 +20,13 @@ TASK_SKILLS = {
 MULTIPLE_CHOICE = ("mini_compare", "mini_lexicon")
 
 
-def evaluation_items(task: str, seed: int, count: int = ITEMS_PER_TASK) -> list[Item]:
-    """Held-out items of an evaluation task, no two with the same question; skills and languages take turns."""
-    rng, items, seen = Random(f"{task} {seed}"), [], set()
+def evaluation_items(task: str, seed: int, count: int = ITEMS_PER_TASK, apart_from: Sequence[Item] = ()) -> list[Item]:
+    """Held-out items of an evaluation task, no two with the same question; skills and languages take turns.
+
+    Args:
+        apart_from: items whose questions must not come.
+    """
+    rng, items, seen = Random(f"{task} {seed}"), [], {item.question for item in apart_from}
     while len(items) < count:
         skill = TASK_SKILLS[task][len(items) // 2 % len(TASK_SKILLS[task])]
         item = draw_item(skill, ("en", "zh")[len(items) % 2], rng, held_out=True)
@@ -31,13 +37,18 @@ def evaluation_items(task: str, seed: int, count: int = ITEMS_PER_TASK) -> list[
 
 
 def write_evaluation(directory: Path, seed: int) -> None:
-    """Writes <task>.jsonl for each task: question, answer, language, task; for a choice also choices and gold."""
-    directory.mkdir(parents=True, exist_ok=True)
+    """Writes eval/<task>.jsonl for each task, the test, and dev/<task>.jsonl, as many other items to choose by.
+
+    A line has question, answer, language, task, and for a choice also choices and gold.
+    """
     for task in TASK_SKILLS:
-        rng = Random(f"{task} {seed} choices")
-        with atomic_path(directory / f"{task}.jsonl") as temporary:
-            lines = [_line(task, item, rng) for item in evaluation_items(task, seed)]
-            temporary.write_text("".join(lines), encoding="utf-8")
+        test = evaluation_items(task, seed)
+        development = evaluation_items(task, seed + DEVELOPMENT, apart_from=test)
+        for split, items in (("eval", test), ("dev", development)):
+            rng = Random(f"{task} {seed} choices")
+            (directory / split).mkdir(parents=True, exist_ok=True)
+            with atomic_path(directory / split / f"{task}.jsonl") as temporary:
+                temporary.write_text("".join(_line(task, item, rng) for item in items), encoding="utf-8")
 
 
 def _line(task: str, item: Item, rng: Random) -> str:

@@ -55,7 +55,7 @@ def write_world(directory: Path | str, *, size: int = 6000, seed: int = 0) -> No
     entries += [_malformed(rng) for _ in range(malformed)]
     _write_files(directory, entries, rng)
     write_truth(directory / "truth.parquet", [_truth(entry) for entry in entries])
-    write_evaluation(directory / "eval", seed)
+    write_evaluation(directory, seed)
 
 
 def _originals(count: int, rng: Random) -> list[Entry]:

@@ -115,7 +115,8 @@ def write_fusion_card(folder: Path, paths: Sequence[Path], card: Mapping[str, An
         )
     # The weights in full: rounded ones would give other bytes.
     given = " ".join(f"{name}={part['weight']}" for name, part in zip(names, card["parts"], strict=True))
-    command = f"slmfast fuse {given} --dtype {card['dtype']} -o fused"
+    mixed = " --mixed-dtypes" if card.get("mixed_dtypes") else ""
+    command = f"slmfast fuse {given} --dtype {card['dtype']}{mixed} -o fused"
     sections = [
         Section("How it was made", blocks),
         _use(),

@@ -37,8 +37,9 @@ def files(job: Job) -> dict[str, str]:
 
 
 def run(job: Job) -> Counts:
-    """Writes scores.json, {model: {task: {value, stderr, n}}}, settings.json, {task: {shots, metric, filter}}, every
-    item's score and output under `items/`, and how far any two models lie apart in differences.json."""
+    """Writes scores.json, {model: {task: {value, stderr, n}}}, settings.json, {task: {shots, metric, filter, dtype,
+    chat_template, limit}}, every item's score and output under `items/`, and how far any two models lie apart in
+    differences.json."""
     settings = job.settings
     if settings.run_generated_code:
         check_sandbox()

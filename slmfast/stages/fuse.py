@@ -14,5 +14,6 @@ def run(job: Job) -> Counts:
         for name, weight in job.settings.weights.items()
         if weight > 0
     }
-    fuse(weights, job.folder / "fused")
+    mixed = "base" in job.settings.weights  # a published base is stored in bf16, what it was trained to in fp32
+    fuse(weights, job.folder / "fused", mixed_dtypes=mixed)
     return Counts(None, 1)

@@ -75,7 +75,8 @@ def _words(model: str, less: str, gap: Difference, seeds: int) -> str:
         )
     if gap.value < -gap.stderr:
         return f"{measured}, beyond the standard error, but the wrong way."
-    return f"{measured}: {seeds} seeds and {gap.n:,} items don't tell the two apart."
+    seen = f"{seeds} seed{'s' * (seeds > 1)} and {gap.n:,} items"
+    return f"{measured}: {seen} don't tell the two apart."
 
 
 def _why(model: str, less: str, facts: dict[str, Any]) -> str:
@@ -85,7 +86,7 @@ def _why(model: str, less: str, facts: dict[str, Any]) -> str:
         if share is not None:
             words += f" KTO moved the weights of S1 by {share:.1%} of the distance that SFT had moved the base's"
             words += "" if margin is None else f", to a reward margin of {margin:.3f} (0 is where it began)"
-            words += ": " + ("too little to show." if share < 0.2 else "it did move, but not towards these tasks.")
+            words += ": " + ("too little to show." if share < 0.2 else "it did move, but hardly towards these tasks.")
         return words
     if model == FUSED:
         return (

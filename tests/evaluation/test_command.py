@@ -32,7 +32,8 @@ def test_two_models_side_by_side(tmp_path, capsys):
         assert row["difference"] == pytest.approx(own["large"] - own["base"]) and row["n"] == 30
         assert f"{100 * row['difference']:+.1f}" in said
     settings = json.loads((tmp_path / "out" / "scores.settings.json").read_text())
-    assert settings["mini_compare"] == {"shots": 0, "metric": "acc", "filter": "none"}
+    told = {"shots": 0, "metric": "acc", "filter": "none", "dtype": "float32", "chat_template": True, "limit": 30}
+    assert settings["mini_compare"] == told
     items = pq.read_table(tmp_path / "out" / "scores.items" / "large.parquet").to_pylist()
     assert len(items) == 60
     chosen = [row for row in items if row["task"] == "mini_compare"]

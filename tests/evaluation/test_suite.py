@@ -146,9 +146,10 @@ def test_gsm8k_and_humaneval_end_to_end(data, checked, tmp_path, monkeypatch):
     settings = Evaluate(suite="paper", tasks=["humaneval", "gsm8k"], limit=2, run_generated_code=True)
     result = evaluate_model(str(BUILTIN_MODELS / "small"), settings, None, tmp_path / "cache", data)
     assert set(result.scores) == {"humaneval", "gsm8k"}
+    common = {"dtype": "float32", "chat_template": False, "limit": 2}
     assert result.settings == {
-        "humaneval": {"shots": 0, "metric": "pass@1", "filter": "none"},
-        "gsm8k": {"shots": 4, "metric": "exact_match", "filter": "strict-match"},
+        "humaneval": {"shots": 0, "metric": "pass@1", "filter": "none"} | common,
+        "gsm8k": {"shots": 4, "metric": "exact_match", "filter": "strict-match"} | common,
     }
     assert [(row["task"], row["item"]) for row in result.items] == [(t, i) for t in settings.tasks for i in (0, 1)]
     assert checked == [(f"HumanEval/{i}", result.items[i]["output"]) for i in (0, 1)]
