@@ -39,7 +39,9 @@ def stages_section(run: RunFolder) -> Section:
         "don't take instructions; their column out counts the models they wrote or scored. The stage report writes "
         "this page, so it is not in the table; summary.json has it."
     )
-    return Section("Stages", [law, counts, *_reasons(run)])
+    missing = [stage for stage in STAGES if stage in run.stages and not run.manifest(stage)]
+    unfinished = [Text(f"The run has not ended. Not in this report: {', '.join(missing)}.")] if missing else []
+    return Section("Stages", [*unfinished, law, counts, *_reasons(run)])
 
 
 def _reasons(run: RunFolder) -> list[Block]:
