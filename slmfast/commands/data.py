@@ -1,6 +1,7 @@
 """The stages that make the data, one at a time, each on the folder that the stage before it wrote."""
 
 import dataclasses
+import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -37,8 +38,11 @@ def _check_sources(recipe: Recipe, arguments: Namespace) -> int:
     run_dir = (arguments.output or Path("runs") / recipe.name).absolute()
     job = Job("collect", recipe, run_dir, run_dir, {})
     sources = [(source.name, source.format, source_paths(job, source)) for source in recipe.collect.sources]
-    problems = check_sources(sources, recipe.collect.max_text_bytes, shown=arguments.show)
-    return 1 if problems else 0
+    try:
+        return 1 if check_sources(sources, recipe.collect.max_text_bytes, shown=arguments.show) else 0
+    except KeyboardInterrupt:
+        print("slmfast: interrupted; the check is not complete, and nothing is written", file=sys.stderr)
+        return 130
 
 
 def data_stage(arguments: Namespace) -> None:
