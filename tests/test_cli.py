@@ -89,6 +89,9 @@ def test_stages_work_one_by_one(capsys, tmp_path):
     ):
         code, out, _ = outcome(capsys, *command)
         assert code == 0, out
+        if command[0] == "collect":
+            assert "         1  rejected: broken JSON at column …: Expecting property name" in out
+    assert "         8  dropped: near-duplicate" in out
     assert "up to date" in outcome(capsys, *command)[1]
     counts = json.loads((tmp_path / "collect" / "manifest.json").read_text())["counts"]
     assert counts == {"rows_in": 42, "out": 41, "dropped": 0, "rejected": 1}

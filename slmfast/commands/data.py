@@ -10,7 +10,10 @@ from slmfast.errors import UserError
 from slmfast.job import Job
 from slmfast.recipe import STAGES, Recipe, Source, load_recipe
 from slmfast.records import RECORD_SCHEMA
+from slmfast.reporting.run_folder import RunFolder
 from slmfast.store import only_writer, table_schema
+
+REASONS = 10  # of rows that went, which are told
 
 
 def collect(arguments: Namespace) -> int | None:
@@ -124,7 +127,20 @@ def _run_alone(arguments: Namespace, recipe: Recipe, stage: str, inputs: dict[st
             print(f"{stage}: the {role} model is {_whereabouts(job, role)}")
         with only_writer(folder):
             pipeline.run_stage(job)
+        _print_reasons(job)
     pipeline.accompany(job)
+
+
+def _print_reasons(job: Job) -> None:
+    """Tells why rows went; the tables have every row with its place."""
+    run = RunFolder(job.run_dir, job.recipe, {job.stage: job.folder})
+    for table in ("rejected", "dropped"):
+        reasons = run.reasons(job.stage, table)
+        for reason, count in reasons[:REASONS]:
+            print(f"{count:>10,}  {table}: {reason[:200]}")
+        rest = [count for _, count in reasons[REASONS:]]
+        if rest:
+            print(f"{sum(rest):>10,}  {table}: {len(rest):,} more reasons")
 
 
 def _whereabouts(job: Job, role: str) -> str:

@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from slmfast.errors import UserError
 from slmfast.job import Job
+from slmfast.readers import without_places
 from slmfast.recipe import Recipe
 from slmfast.store import MANIFEST, count_rows, read_batches, read_json, read_manifest, shards, table_schema
 
@@ -61,6 +62,13 @@ class RunFolder:
             groups = pa.Table.from_batches([batch]).group_by(column).aggregate([([], "count_all")])
             counts.update(dict(zip(*(groups.column(name).to_pylist() for name in (column, "count_all")), strict=True)))
         return counts
+
+    def reasons(self, stage: str, table: str) -> list[tuple[str, int]]:
+        """Why rows of a stage went to a table, the most frequent first; where in a file a fault stands is left out."""
+        merged: Counter[str] = Counter()
+        for reason, count in self.count_by(stage, "reason", table).items():
+            merged[without_places(reason)] += count
+        return sorted(merged.items(), key=lambda item: (-item[1], item[0]))
 
     def count_together(
         self, stage: str, columns: tuple[str, ...], where: str | None = None
