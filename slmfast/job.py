@@ -57,6 +57,11 @@ class Job:
         return getattr(self.recipe, self.stage)
 
     @property
+    def alone(self) -> bool:
+        """Whether the stage runs by itself and not as a part of a run."""
+        return self.folder == self.run_dir
+
+    @property
     def work(self) -> Path:
         """A folder for partial work, which goes when the stage is done."""
         folder = self.folder / WORK

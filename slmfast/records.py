@@ -41,7 +41,9 @@ REJECTED_SCHEMA = pa.schema(
     [
         pa.field("source", pa.string(), nullable=False),
         pa.field("file", pa.string(), nullable=False),
-        pa.field("line", pa.int64(), nullable=False),  # 1-based; in a JSON array, the number of the element
+        pa.field(
+            "line", pa.int64(), nullable=False
+        ),  # 1-based; in a JSON array the element's number, in Parquet the row's
         pa.field("reason", pa.string(), nullable=False),
     ]
 )

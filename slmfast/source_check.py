@@ -20,8 +20,8 @@ def check_sources(
 ) -> int:
     """Checks (name, format, files) one file after the other and gives the number of problems.
 
-    Tells, for each file, its records and the first `shown` problems by line, and at the end all reasons with their
-    counts. A file of which nothing can be read, which would stop collect, is one problem.
+    Tells, for each file, its records and the first `shown` problems by line, element or row, and at the end all
+    reasons with their counts. A file of which nothing can be read, which would stop collect, is one problem.
     """
     reasons: Counter[str] = Counter()
     records = files = 0
@@ -33,7 +33,7 @@ def check_sources(
             files += 1
             records += read
             reasons += problems
-            say(f"{name}: {path}: {read:,} records, {_problems(problems.total())}")
+            say(f"{name}: {path}: {_count(read, 'record')}, {_problems(problems.total())}")
             for line in first:
                 say(f"  {line}")
             if problems.total() > len(first):
@@ -43,7 +43,7 @@ def check_sources(
         say("")
         for reason, count in sorted(reasons.items(), key=lambda item: (-item[1], item[0])):
             say(f"{count:>10,}  {reason}")
-    say(f"{files:,} files: {records:,} records, {_problems(total)}")
+    say(f"{_count(files, 'file')}: {_count(records, 'record')}, {_problems(total)}")
     return total
 
 
@@ -60,12 +60,20 @@ def _check_file(
             problems[without_places(item.reason)[:SHOWN_CHARACTERS]] += 1
             if len(first) < shown:
                 member = item.file.removeprefix(path.name).lstrip("/")
-                first.append(f"{f'{member}, ' if member else ''}line {item.line}: {item.reason[:SHOWN_CHARACTERS]}")
+                first.append(
+                    f"{f'{member}, ' if member else ''}{item.unit} {item.line}: {item.reason[:SHOWN_CHARACTERS]}"
+                )
     except UserError as error:
+        if not records:  # what was found so far is the same fault
+            problems, first = Counter(), []
         problems["a file that can't be read at all, which stops collect"] += 1
-        first = [*first[: shown - 1], str(error)]
+        first = [*first[: max(shown - 1, 0)], str(error)]
     return records, problems, first
 
 
 def _problems(number: int) -> str:
-    return f"{number:,} problem{'' if number == 1 else 's'}" if number else "no problems"
+    return _count(number, "problem") if number else "no problems"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"

@@ -29,7 +29,7 @@ def outcome(capsys, *arguments):
         (["run", "--set", "models.small=builtin:tiny"], "there is no builtin:tiny"),
         (["run", "--set", "models.engine=magic"], "recipe key models.engine: use local"),
         (["status", "nowhere"], "nowhere holds no run"),
-        (["report", "nowhere"], "nowhere has no finished evaluation"),
+        (["report", "nowhere"], "nowhere holds no finished stage"),
         (["collect", "nowhere.json", "--format", "alpaca", "-o", "out"], "nowhere.json"),
         (["diversify", "nowhere", "-o", "out"], "nowhere is not a folder"),
         (["dedup", "nowhere.parquet", "--column", "text", "-o", "out"], "nowhere.parquet does not exist"),
@@ -89,12 +89,32 @@ def test_stages_work_one_by_one(capsys, tmp_path):
     ):
         code, out, _ = outcome(capsys, *command)
         assert code == 0, out
+        if command[0] == "collect":
+            assert "         1  rejected: broken JSON at column …: Expecting property name" in out
+    assert "         8  dropped: near-duplicate" in out
     assert "up to date" in outcome(capsys, *command)[1]
     counts = json.loads((tmp_path / "collect" / "manifest.json").read_text())["counts"]
     assert counts == {"rows_in": 42, "out": 41, "dropped": 0, "rejected": 1}
     counts = json.loads((tmp_path / "dedup" / "manifest.json").read_text())["counts"]
     assert counts["rows_in"] == 41 == counts["out"] + counts["dropped"]
     assert counts["dropped"] >= 1
+
+
+def test_an_unfinished_run_has_a_report_of_what_ended(capsys, tmp_path):
+    raw, run = tmp_path / "raw.jsonl", tmp_path / "run"
+    raw.write_text("".join(json.dumps({"instruction": f"Name {i} towns", "output": "x"}) + "\n" for i in range(9)))
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(f"collect: {{sources: [{{name: a, format: alpaca, path: '{raw}'}}]}}\n")
+    models = [f"--set=models.{role}=builtin:{role}" for role in ("base", "large", "small")]
+    assert outcome(capsys, "run", recipe, "--run-dir", run, "--until", "categorize", *models)[0] == 0
+    (run / "dedup").mkdir()
+    shutil.copytree(run / "categorize" / "records", run / "dedup" / "records")  # as a kill leaves it
+    code, out, error = outcome(capsys, "report", run)
+    assert code == 0, error
+    assert "not in it, for they have not ended: dedup, classify" in out
+    page = (run / "report" / "report.md").read_text(encoding="utf-8")
+    assert "Not in this report: dedup, classify" in page and "after dedup" not in page.partition("## Settings")[0]
+    assert "| categorize | 9 |" in page and not (run / "summary.json").exists()
 
 
 def test_a_stage_does_not_overwrite_other_files(capsys, tmp_path):

@@ -69,7 +69,8 @@ def test_counts_sources_and_licences(run):
     card = write(run)
     assert cells(card, "SFT")[0][-1] == "20" and cells(card, "KTO")[0][-1] == "30"
     assert cells(card, "dolly")[0][:4] == ["GPL-3.0", "dolly", "12", "4"]
-    assert cells(card, "belle")[0][:4] == ["not stated", "belle", "–", "–"]
+    assert cells(card, "belle")[0][:4] == ["no licence given", "belle", "–", "–"]
+    assert "No licence given: belle." in card and "How to reproduce" in card
     assert cells(card, "collect") == [["40", "36", "0", "0"]]
     by_source, by_language = cells(card, "belle")[1], cells(card, "Chinese")[0]
     assert by_source[:7] == by_language[:7] == ["24", *["20"] * 6]
@@ -105,14 +106,44 @@ def test_it_is_no_output_and_follows_the_recipe(run):
     assert pipeline.is_up_to_date(job) and read_manifest(run / "align") == before
 
 
-def test_without_earlier_stages_it_says_what_it_knows(run, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("alone")
-    job = Job("align", recipe(), folder / "out", folder / "out", {"rate": (run / "rate").rename(folder / "rated")})
+def alone(folder, rated):
+    """The card of an align that ran by itself on what `rated` holds."""
+    job = Job("align", recipe(), folder / "out", folder / "out", {"rate": rated})
     pipeline.run_stage(job)
     align.accompany(job)
-    card = (folder / "out" / DATA_CARD).read_text(encoding="utf-8")
-    assert cells(card, "collect") == [["–"] * 4]
-    assert cells(card, "SFT")[0][-1] == "20"
+    return (folder / "out" / DATA_CARD).read_text(encoding="utf-8")
+
+
+def test_of_stages_run_apart_it_claims_nothing(run, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone")
+    card = alone(folder, (run / "rate").rename(folder / "rated"))
+    assert cells(card, "SFT")[0][-1] == "20" and cells(card, "rate") == [["30", "30", "0", "0"]]
+    assert not cells(card, "collect") and "GPL-3.0" not in card and "How to reproduce" not in card
+    assert "Not known here: collect, categorize, dedup, classify, diversify, regenerate, run apart" in card
+    assert "target:" not in card and "sft_size: 20" in card and "licences are not known here" in card
+
+
+def test_it_follows_the_manifests_of_stages_run_apart(run, tmp_path_factory):
+    """In folders of any name; a neighbour of the same stage and another digest is not taken."""
+    folder = tmp_path_factory.mktemp("apart")
+    names = STAGES[: STAGES.index("rate") + 1]
+    for before, stage in zip((None, *names), names, strict=False):
+        (run / stage).rename(folder / f"a {stage}")
+        manifest = read_manifest(folder / f"a {stage}") | {"inputs": {before: before} if before else {}, "seed": 7}
+        manifest["settings"] = {"target": 123} if stage == "diversify" else {}
+        if stage == "collect":
+            manifest["settings"] = {"sources": [{"name": "dolly", "format": "dolly", "licence": None}]}
+        if stage == "dedup":
+            manifest["settings"] = {"k": 2, "verify": None}
+        write_json(folder / f"a {stage}" / "manifest.json", manifest)
+    other = read_manifest(folder / "a diversify") | {"digest": "other", "settings": {"target": 999}}
+    write_json(folder / "a a" / "manifest.json", other)
+    write_json(folder / "b b" / "manifest.json", ["of another program"])
+    card = alone(folder, folder / "a rate")
+    assert "target: 123" in card and "999" not in card and "seed: 7" in card
+    assert cells(card, "dolly")[0][:4] == ["no licence given", "dolly", "12", "4"]
+    assert cells(card, "collect") == [["40", "36", "0", "0"]] and "at a distance of 2:" in card
+    assert "Not known here" not in card and "How to reproduce" not in card
 
 
 def test_a_served_model_is_called_by_the_servers_name(run):

@@ -16,6 +16,7 @@ from slmfast.job import Job
 from slmfast.recipe import load_recipe
 from slmfast.records import DROPPED_SCHEMA, RECORD_SCHEMA, REJECTED_SCHEMA
 from slmfast.reporting.build import build_document
+from slmfast.reporting.document import decimal, with_error
 from slmfast.reporting.html_page import render_html
 from slmfast.reporting.label_section import agreement
 from slmfast.reporting.markdown_page import render_markdown
@@ -250,9 +251,16 @@ def test_labels_have_a_tree_an_audit_and_an_agreement(page, text):
     assert words in page.text
     assert "asked about 24 records of 3 labels and found 75.0 % of the labels right (4 unreadable)" in page.text
     assert list(page.table("Labels that failed the audit").values())[1] == ["187", "2", "6"]
+    assert "1 label of which it found less than 50.0 % right went." in page.text
+    assert "Rare labels, of fewer than 10 instructions, went (diversify.min_label_count): 1 of 3, with 3" in page.text
     rules = page.table("Rule categories and labels")
     assert rules["math"] == ["Math 100.0 %", "5", "100.0 %"]
     assert "100.0 % of the instructions would have the model's" in page.text
+
+
+def test_no_figure_is_minus_nothing():
+    assert (decimal(-0.0004), decimal(-0.0006)) == ("0.000", "-0.001")
+    assert with_error(-0.0004, 0.01, signed=True) == "+0.000 ± 0.010"
 
 
 def test_agreement_of_two_groupings():

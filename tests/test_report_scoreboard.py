@@ -193,7 +193,8 @@ def test_a_stage_without_rows_has_no_figure(job):
 
 def test_the_manifest_gets_the_scoreboard(job):
     counts = {"rows_in": 1, "out": 1, "dropped": 0, "rejected": 0}
-    write_json(job.inputs["collect"] / "manifest.json", {"counts": counts, "notes": {}, "seconds": 1.0})
+    for stage in ("collect", "categorize", "dedup", "align"):
+        write_json(job.inputs[stage] / "manifest.json", {"counts": counts, "notes": {}, "seconds": 1.0})
     assert report.run(job) == (None, 2, 0, 0)
     assert job.notes["scoreboard"]["dedup"]["precision"] == 2 / 3
     assert "Scoreboard against the ground truth" in (job.folder / "report.html").read_text()

@@ -4,6 +4,7 @@ import gzip
 import json
 from collections import Counter
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -29,7 +30,7 @@ def test_good_files_give_code_0_and_nothing_is_written(tmp_path, capsys, monkeyp
     (tmp_path / "a.jsonl").write_bytes(lines(GOOD, GOOD))
     code, out, _ = check(capsys, tmp_path / "a.jsonl", "--format", "alpaca")
     assert code == 0
-    assert out == [f"source: {tmp_path / 'a.jsonl'}: 2 records, no problems", "1 files: 2 records, no problems"]
+    assert out == [f"source: {tmp_path / 'a.jsonl'}: 2 records, no problems", "1 file: 2 records, no problems"]
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 
 
@@ -40,12 +41,12 @@ def test_problems_are_told_by_file_and_line_and_all_counted(tmp_path, capsys):
     code, out, _ = check(capsys, tmp_path / "a.jsonl", tmp_path / "b.jsonl.gz", "--format", "alpaca", "--show", 3)
     assert code == 1
     assert out == [
-        f"source: {tmp_path / 'a.jsonl'}: 1 records, 11 problems",
+        f"source: {tmp_path / 'a.jsonl'}: 1 record, 11 problems",
         "  line 3: broken JSON at column 20: Expecting ',' delimiter",
         "  line 4: broken JSON at column 1: Expecting value",
         "  line 5: field output is missing",
         "  and 8 more",
-        f"source: {tmp_path / 'b.jsonl.gz'}: 1 records, 1 problem",
+        f"source: {tmp_path / 'b.jsonl.gz'}: 1 record, 1 problem",
         "  line 2: field instruction is missing",
         "",
         "         8  field output is missing",
@@ -62,7 +63,32 @@ def test_an_unreadable_file_does_not_end_the_check(tmp_path, capsys):
     (tmp_path / "b.jsonl").write_bytes(lines(GOOD))
     code, out, _ = check(capsys, tmp_path / "*.jsonl", "--format", "alpaca")
     assert code == 1
-    assert "nothing of" in " ".join(out) and out[-1] == "2 files: 1 records, 2 problems"
+    assert "nothing of" in " ".join(out) and out[-1] == "2 files: 1 record, 1 problem"
+
+
+def test_elements_rows_and_empty_files_are_called_so(tmp_path, capsys):
+    array = json.dumps([GOOD, "words", None, GOOD])
+    (tmp_path / "a.json").write_text(array[:-40])
+    pq.write_table(pa.table({"instruction": ["a", "b"], "output": ["c", None]}), tmp_path / "b.parquet")
+    (tmp_path / "c.jsonl").write_text("")
+    _, out, _ = check(capsys, tmp_path / "*", "--format", "alpaca")
+    assert out[1:4] == [
+        "  element 2: the JSON value is text, not an object",
+        "  element 3: the JSON value is null, not an object",
+        "  element 4: the rest of the file can't be read: broken JSON on line 1: Unterminated string",
+    ]
+    assert out[5] == "  row 2: field output is null, not text"
+    assert out[7] == f"  {tmp_path / 'c.jsonl'} is empty: give a file with records, or leave it out"
+
+
+def test_an_interrupted_check_does_not_promise_to_go_on(tmp_path, capsys, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    (tmp_path / "a.jsonl").write_bytes(lines(GOOD))
+    monkeypatch.setattr("slmfast.source_check.check_sources", interrupt)
+    code, _, error = check(capsys, tmp_path / "a.jsonl", "--format", "alpaca")
+    assert code == 130 and "nothing is written" in error and "goes on" not in error
 
 
 def test_a_recipes_sources_are_checked_as_collect_would_read_them(tmp_path, capsys):

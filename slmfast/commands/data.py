@@ -1,6 +1,7 @@
 """The stages that make the data, one at a time, each on the folder that the stage before it wrote."""
 
 import dataclasses
+import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -9,7 +10,10 @@ from slmfast.errors import UserError
 from slmfast.job import Job
 from slmfast.recipe import STAGES, Recipe, Source, load_recipe
 from slmfast.records import RECORD_SCHEMA
+from slmfast.reporting.run_folder import RunFolder
 from slmfast.store import only_writer, table_schema
+
+REASONS = 10  # of rows that went, which are told
 
 
 def collect(arguments: Namespace) -> int | None:
@@ -37,8 +41,11 @@ def _check_sources(recipe: Recipe, arguments: Namespace) -> int:
     run_dir = (arguments.output or Path("runs") / recipe.name).absolute()
     job = Job("collect", recipe, run_dir, run_dir, {})
     sources = [(source.name, source.format, source_paths(job, source)) for source in recipe.collect.sources]
-    problems = check_sources(sources, recipe.collect.max_text_bytes, shown=arguments.show)
-    return 1 if problems else 0
+    try:
+        return 1 if check_sources(sources, recipe.collect.max_text_bytes, shown=arguments.show) else 0
+    except KeyboardInterrupt:
+        print("slmfast: interrupted; the check is not complete, and nothing is written", file=sys.stderr)
+        return 130
 
 
 def data_stage(arguments: Namespace) -> None:
@@ -120,7 +127,20 @@ def _run_alone(arguments: Namespace, recipe: Recipe, stage: str, inputs: dict[st
             print(f"{stage}: the {role} model is {_whereabouts(job, role)}")
         with only_writer(folder):
             pipeline.run_stage(job)
+        _print_reasons(job)
     pipeline.accompany(job)
+
+
+def _print_reasons(job: Job) -> None:
+    """Tells why rows went; the tables have every row with its place."""
+    run = RunFolder(job.run_dir, job.recipe, {job.stage: job.folder})
+    for table in ("rejected", "dropped"):
+        reasons = run.reasons(job.stage, table)
+        for reason, count in reasons[:REASONS]:
+            print(f"{count:>10,}  {table}: {reason[:200]}")
+        rest = [count for _, count in reasons[REASONS:]]
+        if rest:
+            print(f"{sum(rest):>10,}  {table}: {len(rest):,} more reasons")
 
 
 def _whereabouts(job: Job, role: str) -> str:

@@ -71,11 +71,15 @@ def _unfinished(job: Job) -> str:
 
 
 def report(arguments: Namespace) -> None:
-    """Writes a finished run's report again."""
+    """Writes a run's report again, or that of the stages that an unfinished run has."""
     run_dir = arguments.run_dir.absolute()
-    if not (run_dir / "evaluate" / MANIFEST).exists():
-        raise UserError(f"{run_dir} has no finished evaluation: end the run first with slmfast run")
+    folders = [run_dir / name for name in STAGES[:-1]]
+    if not (run_dir / "recipe.yaml").exists() or not any((folder / MANIFEST).exists() for folder in folders):
+        raise UserError(f"{run_dir} holds no finished stage: run a recipe first with slmfast run")
     recipe = load_recipe(run_dir / "recipe.yaml")
     with pipeline.only_run(run_dir):
         pipeline.run_stage(pipeline.make_job("report", recipe, run_dir))
+    missing = [folder.name for folder in folders if not (folder / MANIFEST).exists()]
+    if missing:
+        print(f"not in it, for they have not ended: {', '.join(missing)}")
     print(f"report: {run_dir / 'report' / 'report.html'}")

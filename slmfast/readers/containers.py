@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TextIO
 
-from slmfast.readers.json_stream import MAX_VALUE_BYTES, Broken, Malformed, read_array, read_lines, read_values
+from slmfast.readers.json_stream import MAX_VALUE_BYTES, Broken, Empty, Malformed, read_array, read_lines, read_values
 
 _HEAD_BYTES = 1 << 16  # what is looked at to tell the shape of a file
 _PARQUET_ROWS = 1024
@@ -31,6 +31,7 @@ class Raw(NamedTuple):
     member: str  # the file's name inside an archive; empty outside one
     line: int  # 1-based; in a JSON array the number of the element, in Parquet of the row
     value: Any
+    unit: str = "line"  # what `line` counts: line, element or row
 
 
 def read_file(path: Path) -> Iterator[Raw]:
@@ -40,21 +41,21 @@ def read_file(path: Path) -> Iterator[Raw]:
     """
     name = path.name.lower()
     if name.endswith(".parquet"):
-        yield from (Raw("", row, value) for row, value in _read_parquet(path))
+        yield from (Raw("", row, value, "row") for row, value in _read_parquet(path))
     elif name.endswith(_TAR_SUFFIXES):
         yield from _read_tar(path)
     else:
         with path.open("rb") as file:
-            yield from (Raw("", line, value) for line, value in _read_packed(file, name))
+            yield from _read_packed(file, name)
 
 
-def _read_packed(file: BinaryIO, name: str) -> Iterator[tuple[int, Any]]:
+def _read_packed(file: BinaryIO, name: str, member: str = "") -> Iterator[Raw]:
     """Reads a file that may be compressed; damage to the compression ends the reading as Broken."""
     stem, _, suffix = name.rpartition(".")
     if suffix == "gz":
         try:
             with gzip.open(file) as stream:
-                yield from _read_text(stream, stem)
+                yield from _read_text(stream, stem, member)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise Broken(f"damaged gzip data: {error}") from error
     elif suffix in ("zst", "zstd"):
@@ -62,11 +63,11 @@ def _read_packed(file: BinaryIO, name: str) -> Iterator[tuple[int, Any]]:
 
         try:
             with io.BufferedReader(_Unzstd(file)) as stream:
-                yield from _read_text(stream, stem)
+                yield from _read_text(stream, stem, member)
         except (EOFError, zstandard.ZstdError) as error:
             raise Broken(f"damaged zstd data: {error}") from error
     else:
-        yield from _read_text(file, name)
+        yield from _read_text(file, name, member)
 
 
 def _read_tar(path: Path) -> Iterator[Raw]:
@@ -163,19 +164,18 @@ class _Unzstd(io.RawIOBase):
 
 
 def _read_member(stream: BinaryIO, name: str) -> Iterator[Raw]:
-    number = 0
+    last = Raw(name, 0, None)
     try:
-        for line, value in _read_packed(stream, name.lower()):
-            number = line
-            yield Raw(name, line, value)
+        for last in _read_packed(stream, name.lower(), name):
+            yield last
     except Broken as error:
-        yield Raw(name, number + 1, Malformed(f"nothing more of this member can be read: {error}"))
+        yield Raw(name, last.line + 1, Malformed(f"nothing more of this member can be read: {error}"), last.unit)
 
 
-def _read_text(stream: BinaryIO, name: str) -> Iterator[tuple[int, Any]]:
+def _read_text(stream: BinaryIO, name: str, member: str) -> Iterator[Raw]:
     head, damage = _read_up_to(stream, _HEAD_BYTES)
     if not head.strip():
-        raise damage or Broken("it is empty")
+        raise damage or Empty("it is empty")
     if head.startswith(_UTF16_BOMS):
         raise Broken("it is UTF-16, not UTF-8")
     where, mark = _TAR_MARK
@@ -184,10 +184,12 @@ def _read_text(stream: BinaryIO, name: str) -> Iterator[tuple[int, Any]]:
     start = len(_UTF8_BOM) if head.startswith(_UTF8_BOM) else 0
     whole = io.BufferedReader(_Replay(head[start:], stream, damage), buffer_size=_HEAD_BYTES)
     if name.endswith(".csv"):
-        yield from _read_csv(whole)
+        yield from (Raw(member, line, value) for line, value in _read_csv(whole))
         return
     shape = _json_shape(head[start:], name)
-    yield from {"lines": read_lines, "array": read_array, "values": read_values}[shape](whole)
+    read = {"lines": read_lines, "array": read_array, "values": read_values}[shape]
+    unit = "element" if shape == "array" else "line"
+    yield from (Raw(member, number, value, unit) for number, value in read(whole))
 
 
 def _json_shape(head: bytes, name: str) -> str:

@@ -10,6 +10,7 @@ Schemas: the dataset cards of BELLE (train_3.5M_CN, school_math_0.25M), COIG, CA
 
 import re
 from collections.abc import Callable
+from decimal import Decimal
 from typing import Any, NamedTuple
 
 from slmfast.readers.json_stream import DECODER, Malformed
@@ -133,7 +134,7 @@ def _parse_rounds(item: dict[str, Any]) -> Parsed:
 
 def _round_pair(value: Any, key: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise BadRecord(f"field {key} is {_kind(value)}, not an object")
+        raise BadRecord(f"field {key} is {kind(value)}, not an object")
     response = value.get("response")
     if isinstance(response, str):
         try:
@@ -141,14 +142,14 @@ def _round_pair(value: Any, key: str) -> dict[str, Any]:
         except (ValueError, RecursionError) as error:
             raise BadRecord(f"field {key}.response holds broken JSON: {error}") from error
     if not isinstance(response, dict):
-        raise BadRecord(f"field {key}.response is {_kind(response)}, not a JSON string of Q and A")
+        raise BadRecord(f"field {key}.response is {kind(response)}, not a JSON string of Q and A")
     return response
 
 
 def _turn(turn: Any, i: int) -> tuple[str, str]:
     where = f"conversations[{i}]"
     if not isinstance(turn, dict):
-        raise BadRecord(f"field {where} is {_kind(turn)}, not an object")
+        raise BadRecord(f"field {where} is {kind(turn)}, not an object")
     name = _text(turn, "from", f"{where}.from")
     role = _ROLES.get(name.lower())
     if role is None:
@@ -189,7 +190,7 @@ def _instruction(item: dict[str, Any], key: str = "instruction") -> str:
 def _items(item: dict[str, Any], key: str) -> list[Any]:
     value = item[key]
     if not isinstance(value, list):
-        raise BadRecord(f"field {key} is {_kind(value)}, not a list")
+        raise BadRecord(f"field {key} is {kind(value)}, not a list")
     return value
 
 
@@ -201,7 +202,7 @@ def _text(item: Any, key: str, name: str | None = None) -> str:
         raise BadRecord(f"field {name or key} is missing")
     value = item[key]
     if not isinstance(value, str):
-        raise BadRecord(f"field {name or key} is {_kind(value)}, not text")
+        raise BadRecord(f"field {name or key} is {kind(value)}, not text")
     return value
 
 
@@ -214,11 +215,12 @@ def _category(item: dict[str, Any], key: str = "category") -> str | None:
     return _optional(item, key).strip() or None
 
 
-def _kind(value: Any) -> str:
+def kind(value: Any) -> str:
     """What JSON calls the type of a value."""
     if value is None:
         return "null"
     if isinstance(value, Malformed):
         return f"malformed ({value.reason})"
     names = {bool: "a boolean", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
-    return names.get(type(value), type(value).__name__)
+    names |= {Decimal: "a number", bytes: "bytes"}  # as Parquet has them
+    return names.get(type(value), "a date, a time or another value that JSON has not")

@@ -44,6 +44,10 @@ class Broken(Exception):
     """The rest of a file can't be read. The message says why and, where known, at which place."""
 
 
+class Empty(Broken):
+    """A file in which nothing stands."""
+
+
 def read_lines(stream: BinaryIO, max_bytes: int = MAX_VALUE_BYTES) -> Iterator[tuple[int, Any]]:
     """Yields (1-based line number, value or Malformed) for each line that is not blank."""
     number = 0
@@ -54,6 +58,10 @@ def read_lines(stream: BinaryIO, max_bytes: int = MAX_VALUE_BYTES) -> Iterator[t
             yield number, Malformed(f"line of more than {max_bytes} bytes")
         elif not line.isspace():
             yield number, _decode_line(line)
+
+
+def _fault(error: json.JSONDecodeError) -> str:
+    return error.msg.removesuffix(" starting at")  # after which the decoder's own words have the place
 
 
 def _skip_line(stream: BinaryIO, max_bytes: int) -> None:
@@ -68,7 +76,7 @@ def _decode_line(line: bytes) -> Any:
     except UnicodeDecodeError as error:
         return Malformed(f"not UTF-8 at byte {error.start + 1} of the line")
     except json.JSONDecodeError as error:
-        return Malformed(f"broken JSON at column {error.colno}: {error.msg}")
+        return Malformed(f"broken JSON at column {error.colno}: {_fault(error)}")
     except RecursionError:
         return Malformed("JSON nested too deep")
     except ValueError as error:  # a number of thousands of digits
@@ -166,7 +174,7 @@ class _Buffer:
                 value, end = self._decoder.raw_decode(self._text, self._at)
             except json.JSONDecodeError as error:
                 if self._ended or not self._may_be_cut(error):
-                    raise Broken(f"broken JSON on line {self.line(error.pos)}: {error.msg}") from error
+                    raise Broken(f"broken JSON on line {self.line(error.pos)}: {_fault(error)}") from error
             except (RecursionError, ValueError) as error:
                 raise Broken(f"unreadable JSON on line {self.line()}: {error}") from error
             else:

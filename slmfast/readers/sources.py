@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 from slmfast.errors import UserError
 from slmfast.readers.containers import Raw, read_file
-from slmfast.readers.formats import FORMATS, BadRecord, Parsed
-from slmfast.readers.json_stream import Broken, Malformed
+from slmfast.readers.formats import FORMATS, BadRecord, Parsed, kind
+from slmfast.readers.json_stream import Broken, Empty, Malformed
 
 _KINDS = "UTF-8 JSON, JSON lines or CSV, plain or in .gz, .zst, .tar.gz or .tar.zst, or Parquet"
 
@@ -37,6 +37,7 @@ class Rejection(NamedTuple):
     file: str
     line: int
     reason: str
+    unit: str = "line"  # what `line` counts: line, element or row
 
 
 def without_places(reason: str) -> str:
@@ -80,7 +81,7 @@ def read_source(
     which nothing at all can be read.
     """
     check_format(name, format)
-    return _read_files(name, FORMATS[format], expand_paths(paths), max_text_bytes)
+    return _read_files(FORMATS[format], expand_paths(paths), max_text_bytes)
 
 
 def check_format(name: str, format: str) -> None:
@@ -88,30 +89,30 @@ def check_format(name: str, format: str) -> None:
     if format not in FORMATS:
         close = difflib.get_close_matches(format, FORMATS, n=1)
         hint = f"did you mean {close[0]}?" if close else f"use one of {', '.join(FORMATS)}"
-        raise UserError(f"source {name}: unknown format {format!r}: {hint}")
+        raise UserError(f"unknown format {format!r} of {name}: {hint}")
 
 
 def _read_files(
-    name: str, parse: Callable[[dict[str, Any]], Parsed], files: list[Path], max_text_bytes: int
+    parse: Callable[[dict[str, Any]], Parsed], files: list[Path], max_text_bytes: int
 ) -> Iterator[Record | Rejection]:
     row = 0
     common = os.path.commonpath([path.parent for path in files])
     for path in files:
         # A file's name may hold bytes that are not UTF-8; a table's text may not.
         file = path.relative_to(common).as_posix().encode(errors="replace").decode()
-        for raw in _read_guarded(path, name):
+        for raw in _read_guarded(path):
             member = raw.member.encode(errors="replace").decode()
             where = f"{file}/{member}" if member else file
             try:
                 parsed = _parse(raw.value, parse, max_text_bytes)
             except BadRecord as error:
-                yield Rejection(row, where, raw.line, str(error))
+                yield Rejection(row, where, raw.line, str(error), raw.unit)
             else:
                 yield Record(row, where, raw.line, *parsed)
             row += 1
 
 
-def _read_guarded(path: Path, name: str) -> Iterator[Raw]:
+def _read_guarded(path: Path) -> Iterator[Raw]:
     """The raw objects of a file; its unreadable rest is one Malformed, an entirely unreadable file a UserError."""
     last = Raw("", 0, None)
     readable = False
@@ -119,16 +120,18 @@ def _read_guarded(path: Path, name: str) -> Iterator[Raw]:
         for last in read_file(path):
             readable = readable or not isinstance(last.value, Malformed)
             yield last
+    except Empty as error:
+        raise UserError(f"{path} is empty: give a file with records, or leave it out") from error
     except Broken as error:
         if not readable:
-            raise UserError(f"source {name}: nothing of {path} can be read: {error}; give {_KINDS}") from error
-        yield Raw(last.member, last.line + 1, Malformed(f"the rest of the file can't be read: {error}"))
+            raise UserError(f"nothing of {path} can be read: {error}; give {_KINDS}") from error
+        yield Raw(last.member, last.line + 1, Malformed(f"the rest of the file can't be read: {error}"), last.unit)
     except OSError as error:
         what = " ".join((error.strerror or str(error)).split())
-        raise UserError(f"source {name}: {path} can't be read: {what}; check the file and its permissions") from error
+        raise UserError(f"{path} can't be read: {what}; check the file and its permissions") from error
     else:
         if isinstance(last.value, Malformed) and not readable:
-            raise UserError(f"source {name}: nothing of {path} can be read: {last.value.reason}; give {_KINDS}")
+            raise UserError(f"nothing of {path} can be read: {last.value.reason}; give {_KINDS}")
 
 
 def _parse(value: Any, parse: Callable[[dict[str, Any]], Parsed], max_text_bytes: int) -> Parsed:
@@ -136,7 +139,7 @@ def _parse(value: Any, parse: Callable[[dict[str, Any]], Parsed], max_text_bytes
     if isinstance(value, Malformed):
         raise BadRecord(value.reason)
     if not isinstance(value, dict):
-        raise BadRecord(f"a JSON value of type {type(value).__name__}, not an object")
+        raise BadRecord(f"the JSON value is {kind(value)}, not an object")
     parsed = parse(value)
     prompt_size = sum(_checked_size(message["content"], "prompt") for message in parsed.prompt)
     for what, size in (("prompt", prompt_size), ("reply", _checked_size(parsed.reply, "reply"))):

@@ -2,7 +2,6 @@
 
 from collections import Counter
 
-from slmfast.readers import without_places
 from slmfast.recipe import STAGES
 from slmfast.reporting import plots
 from slmfast.reporting.document import (
@@ -39,18 +38,20 @@ def stages_section(run: RunFolder) -> Section:
         "don't take instructions; their column out counts the models they wrote or scored. The stage report writes "
         "this page, so it is not in the table; summary.json has it."
     )
-    return Section("Stages", [law, counts, *_reasons(run)])
+    missing = [stage for stage in STAGES if stage in run.stages and not run.manifest(stage)]
+    unfinished = [Text(f"The run has not ended. Not in this report: {', '.join(missing)}.")] if missing else []
+    return Section("Stages", [*unfinished, law, counts, *_reasons(run)])
 
 
 def _reasons(run: RunFolder) -> list[Block]:
     rows = []
     for stage in run.stages:
         for table in ("rejected", "dropped"):
-            reasons = _without_places(run.count_by(stage, "reason", table))
-            total = sum(reasons.values())
-            for reason, count in _ranked(reasons)[:REASONS]:
+            reasons = run.reasons(stage, table)
+            total = sum(count for _, count in reasons)
+            for reason, count in reasons[:REASONS]:
                 rows.append([stage, table, shortened(reason, 200), whole(count), percent(count, total)])
-            rest = _ranked(reasons)[REASONS:]
+            rest = reasons[REASONS:]
             if rest:
                 count = sum(count for _, count in rest)
                 rows.append([stage, table, f"{len(rest):,} further reasons", whole(count), percent(count, total)])
@@ -58,14 +59,6 @@ def _reasons(run: RunFolder) -> list[Block]:
         return [Text("No row was dropped or rejected.")]
     header = ["stage", "what", "reason", "rows", "share"]
     return [Table("Why rows went, with their share of the stage's dropped or rejected rows", header, rows, 3)]
-
-
-def _without_places(reasons: Counter[str]) -> Counter[str]:
-    """Reasons that differ only in where a fault stands are one; the tables have the places."""
-    merged: Counter[str] = Counter()
-    for reason, count in reasons.items():
-        merged[without_places(reason)] += count
-    return merged
 
 
 def _ranked(counts: Counter[str]) -> list[tuple[str, int]]:

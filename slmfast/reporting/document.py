@@ -105,8 +105,8 @@ def whole(value: int | None) -> str:
 
 
 def decimal(value: float | None, digits: int = 3) -> str:
-    """A figure with a fixed number of decimals; what is missing or not finite is a dash."""
-    return NOTHING if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
+    """A figure with a fixed number of decimals, never -0.000; what is missing or not finite is a dash."""
+    return NOTHING if value is None or not math.isfinite(value) else f"{round(value, digits) + 0.0:.{digits}f}"
 
 
 def percent(part: float | None, total: float = 1.0) -> str:
@@ -118,7 +118,7 @@ def with_error(value: float | None, error: float | None, *, signed: bool = False
     """A figure and its standard error, three decimals each."""
     text = decimal(value)
     if signed and value is not None and text != NOTHING:
-        text = f"{value:+.3f}"
+        text = f"{round(value, 3) + 0.0:+.3f}"
     return text if error is None or text == NOTHING or not math.isfinite(error) else f"{text} ± {error:.3f}"
 
 

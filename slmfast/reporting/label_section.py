@@ -41,11 +41,25 @@ def labels_section(run: RunFolder) -> Section | None:
     blocks: list[Block] = [
         Text(f"A higher entropy and a lower Gini coefficient mean more even labels. {_SELECTION[selection]}"),
         Table("Labels before and after diversify", ["", "before", "after"], rows),
+        *_rare(run, labels),
     ]
     if top:
         blocks.append(Plot(f"Instructions by label, {shown}", plots.bars(names, series, "instructions")))
         blocks += _tree(labels)
     return Section("Labels", [*blocks, *_ends(run), *_audit(run), *_agreement(run)])
+
+
+def _rare(run: RunFolder, labels: Labels) -> list[Block]:
+    least = run.recipe.diversify.min_label_count
+    rare = [before for _, (before, _) in labels if before < least]
+    if not rare:
+        return []
+    words = (
+        f"Rare labels, of fewer than {least:,} instructions, went (diversify.min_label_count): {len(rare):,} of "
+        f"{len(labels):,}, with {sum(rare):,} instructions in all. Over fewer labels the entropy may be lower though "
+        "those that stay are more even."
+    )
+    return [Text(words)]
 
 
 def _tree(labels: Labels) -> list[Block]:
@@ -97,7 +111,7 @@ def _audit(run: RunFolder) -> list[Block]:
     words = (
         f"Label audit: the judge was asked about {notes['sampled']:,} records of {notes['labels']:,} labels and found "
         f"{percent(notes['agreed'], judged)} of the labels right ({notes['unreadable']:,} unreadable). "
-        f"{len(notes['failed']):,} labels of which it found less than {percent(notes['threshold'])} right went. "
+        f"{_went(len(notes['failed']), notes['threshold'])} "
         "diversify/audit.csv has the sample, with a column for people."
     )
     failed = sorted(notes["failed"].items(), key=lambda item: (-item[1][0], item[0]))
@@ -105,6 +119,12 @@ def _audit(run: RunFolder) -> list[Block]:
     header = ["label", "instructions", "found right", "found wrong"]
     caption = "Labels that failed the audit" + (f", the {TOP} largest" if len(failed) > TOP else "")
     return [Text(words), *([Table(caption, header, rows)] if rows else [])]
+
+
+def _went(failed: int, threshold: float) -> str:
+    if not failed:
+        return f"No label went for it (diversify.audit_threshold is {threshold:g})."
+    return f"{failed:,} label{'s' if failed > 1 else ''} of which it found less than {percent(threshold)} right went."
 
 
 def _agreement(run: RunFolder) -> list[Block]:

@@ -12,21 +12,29 @@ from slmfast.reporting.run_folder import RunFolder
 CPU_INFO = Path("/proc/cpuinfo")
 
 
-def method_section(run: RunFolder) -> Section:
-    """Where this run goes its own way, so that no reader has to find out by comparing."""
+def method_section(run: RunFolder) -> Section | None:
+    """Where this run goes its own way, so that no reader has to find out by comparing; of its finished stages."""
     wanted, limit = run.recipe.align.positives_per_negative, run.recipe.evaluate.limit
     limits = f" at most {limit:,} items a task;" if limit else ""
-    parts = [
-        *_class_weights(run),
+    kto = (
         f"The KTO set aims at {wanted:g} positives for each negative, and keeps replies to one prompt from being "
-        "neighbours.",
+        "neighbours."
+    )
+    precision = (
         "Weights are trained, stored and fused in fp32: at the method's learning rates a bf16 weight would keep almost "
-        "nothing of the update.",
+        "nothing of the update."
+    )
+    evaluated = (
         f"Evaluated in {run.recipe.evaluate.dtype} with our harness, the base model included;{limits} published scores "
-        "are not comparable.",
-        "Perplexity is conditional on the prompt and only breaks ties among replies of equal safety and quality.",
-    ]
-    return Section("Choices and deviations", [Text(part) for part in parts])
+        "are not comparable."
+    )
+    perplexity = (
+        "Perplexity is conditional on the prompt and only breaks ties among replies of equal safety and quality."
+    )
+    parts = [("train", part) for part in _class_weights(run)]
+    parts += [("align", kto), ("train", precision), ("evaluate", evaluated), ("rate", perplexity)]
+    texts = [Text(part) for stage, part in parts if run.manifest(stage)]
+    return Section("Choices and deviations", texts) if texts else None
 
 
 def _class_weights(run: RunFolder) -> list[str]:

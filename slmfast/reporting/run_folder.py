@@ -8,8 +8,11 @@ from typing import Any
 
 import pyarrow as pa
 
+from slmfast.errors import UserError
+from slmfast.job import Job
+from slmfast.readers import without_places
 from slmfast.recipe import Recipe
-from slmfast.store import MANIFEST, count_rows, read_batches, read_json, shards, table_schema
+from slmfast.store import MANIFEST, count_rows, read_batches, read_json, read_manifest, shards, table_schema
 
 
 @dataclass(frozen=True)
@@ -19,6 +22,7 @@ class RunFolder:
     root: Path
     recipe: Recipe
     stages: dict[str, Path]  # the folder of each stage that the report reads, in the order of the pipeline
+    apart: bool = False  # whether each stage was run by itself: the recipe's settings are then the last one's alone
 
     def judge_name(self) -> str:
         """What the judge is called, and whether it is the large model for want of one of its own."""
@@ -59,6 +63,13 @@ class RunFolder:
             counts.update(dict(zip(*(groups.column(name).to_pylist() for name in (column, "count_all")), strict=True)))
         return counts
 
+    def reasons(self, stage: str, table: str) -> list[tuple[str, int]]:
+        """Why rows of a stage went to a table, the most frequent first; where in a file a fault stands is left out."""
+        merged: Counter[str] = Counter()
+        for reason, count in self.count_by(stage, "reason", table).items():
+            merged[without_places(reason)] += count
+        return sorted(merged.items(), key=lambda item: (-item[1], item[0]))
+
     def count_together(
         self, stage: str, columns: tuple[str, ...], where: str | None = None
     ) -> Counter[tuple[Any, ...]]:
@@ -80,3 +91,34 @@ class RunFolder:
         """A JSON file below a stage's folder, or None."""
         path = self.stages[stage].joinpath(*names)
         return read_json(path) if path.exists() else None
+
+
+def stages_behind(job: Job, names: Sequence[str]) -> dict[str, Path]:
+    """The folders of a stage that was run by itself and of those before it, of `names`, as far as manifests lead.
+
+    A manifest tells its inputs by the digests of what they wrote. These are looked for in the input itself and in the
+    folders beside it and beside the stage's own. A stage that isn't found gets a folder that isn't there.
+    """
+    beside = {folder.parent for folder in (job.folder, *job.inputs.values())}
+    paths = [folder / MANIFEST for folder in job.inputs.values()]
+    paths += sorted(path for folder in beside for path in folder.glob(f"*/{MANIFEST}"))
+    written: dict[tuple[str, str], Path] = {}
+    for path in filter(Path.exists, paths):
+        found = _ours(path)
+        if found is not None:
+            written.setdefault((found["stage"], found["digest"]), path.parent)
+    folders = {stage: job.folder / stage for stage in names} | {job.stage: job.folder}
+    ahead = [job.folder]
+    while ahead:
+        for stage, digest in read_manifest(ahead.pop()).get("inputs", {}).items():
+            if (stage, digest) in written and stage in folders:
+                folders[stage] = written[stage, digest]
+                ahead.append(folders[stage])
+    return folders
+
+
+def _ours(path: Path) -> dict[str, Any] | None:
+    try:
+        return read_manifest(path.parent)
+    except UserError:  # a neighbour's file of the same name is none of this stage's business
+        return None

@@ -60,11 +60,13 @@ def files(job: Job) -> dict[str, list[tuple[str, str]]]:
 def accompany(job: Job) -> None:
     """Writes the data card beside the sets, from what this stage and those before it have left."""
     from slmfast.reporting.data_card import DATA_STAGES, write_data_card
-    from slmfast.reporting.run_folder import RunFolder
+    from slmfast.reporting.run_folder import RunFolder, stages_behind
 
-    earlier = job.inputs["rate"].parent
-    folders = {stage: earlier / stage for stage in DATA_STAGES} | job.inputs | {"align": job.folder}
-    write_data_card(RunFolder(job.run_dir, job.recipe, folders))
+    if job.alone:
+        run = RunFolder(job.run_dir, job.recipe, stages_behind(job, DATA_STAGES), apart=True)
+    else:
+        run = RunFolder(job.run_dir, job.recipe, {stage: job.run_dir / stage for stage in DATA_STAGES})
+    write_data_card(run)
 
 
 def run(job: Job) -> Counts:

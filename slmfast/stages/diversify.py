@@ -65,9 +65,11 @@ def run(job: Job) -> Counts:
     choose = {"exact": balanced, "random": drawn}[job.settings.selection]
     keep = choose(codes, seeded_hashes(_texts(ids), job.recipe.seed, "diversify"), job.settings.target)
     if not keep.any():
-        raise UserError(
-            "diversify keeps no record: every label is rarer than diversify.min_label_count or fails the audit; lower "
-            "it, or diversify.audit_threshold"
+        raise UserError(f"diversify keeps no record{_why_none(job, counts, final)}")
+    stay = int((codes >= 0).sum())
+    if stay < job.settings.target:
+        print(
+            f"diversify: diversify.target is {job.settings.target:,}, but only {stay:,} records have a label that stays"
         )
     _note(job, labels, counts, np.bincount(codes[keep], minlength=len(counts)))
     start = 0
@@ -83,6 +85,26 @@ def run(job: Job) -> Counts:
             reasons = [REASONS.get(code, LEFT[job.settings.selection]) for code in codes[rows][~keep[rows]].tolist()]
             dropped.write(_dropped_batch(job, batch.filter(pc.invert(mask)), reasons))
     return Counts(count_rows(source), kept.rows, dropped.rows)
+
+
+def _why_none(job: Job, counts: np.ndarray, final: np.ndarray) -> str:
+    """What became of the labels, and what to do about it."""
+    if not len(counts):
+        return ": it was given none; look at why the stages before it dropped theirs"
+    rare, wrong = int((final == _RARE).sum()), int((final == _WRONG).sum())
+    told, keys = [], []
+    if rare:
+        told.append(
+            f"{rare:,} of {len(counts):,} labels have fewer than {job.settings.min_label_count:,} records (the most "
+            f"frequent label has {counts.max():,})"
+        )
+        keys.append("diversify.min_label_count")
+    if wrong:
+        told.append(f"{wrong:,} of {len(counts):,} labels fail the audit")
+        keys.append("diversify.audit_threshold")
+    if not told:
+        return ": none was drawn; raise diversify.target"
+    return f": {' and '.join(told)}; lower {' or '.join(keys)}, or give more records"
 
 
 def _dropped_batch(job: Job, rows: pa.RecordBatch, reasons: list[str]) -> pa.RecordBatch:

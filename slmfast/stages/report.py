@@ -23,8 +23,10 @@ def run(job: Job) -> Counts:
     from slmfast.reporting.run_folder import RunFolder
     from slmfast.reporting.scoreboard import measure
 
-    folder = RunFolder(job.run_dir, job.recipe, job.inputs)
-    scoreboard = measure(folder)
+    # Of a stage that was cut off no table is shown: its folder is taken for one that isn't there.
+    ended = {stage: path if (path / MANIFEST).exists() else path / "unfinished" for stage, path in job.inputs.items()}
+    folder = RunFolder(job.run_dir, job.recipe, ended)
+    scoreboard = measure(folder) if folder.manifest("align") else None  # of less it would be a wrong one
     if scoreboard is not None:
         job.notes["scoreboard"] = scoreboard
     document = build_document(folder, scoreboard)
