@@ -73,6 +73,7 @@ def _unfinished(job: Job) -> str:
 def report(arguments: Namespace) -> None:
     """Writes a run's report again, or that of the stages that an unfinished run has."""
     run_dir = arguments.run_dir.absolute()
+    _refuse_study(run_dir)
     folders = [run_dir / name for name in STAGES[:-1]]
     if not (run_dir / "recipe.yaml").exists() or not any((folder / MANIFEST).exists() for folder in folders):
         raise UserError(f"{run_dir} holds no finished stage: run a recipe first with slmfast run")
