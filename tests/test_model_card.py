@@ -82,3 +82,10 @@ def test_the_command_of_a_fused_model_gives_its_own_weights_back(tmp_path):
     command = re.search("slmfast fuse (.*) --dtype", (tmp_path / "fused" / "README.md").read_text()).group(1)
     weights = [float(part.partition("=")[2]) for part in command.split()]
     assert [weight / sum(weights) for weight in weights] == [part["weight"] for part in card["parts"]] == [1 / 7, 6 / 7]
+
+
+def test_a_coarser_model_is_not_called_fp32(tmp_path):
+    base = Path(__file__).parent.parent / "slmfast" / "miniature" / "models" / "small"
+    fuse({base: 1}, tmp_path / "coarse", dtype="bfloat16", base=base)
+    _, body = parts((tmp_path / "coarse" / "README.md").read_text(encoding="utf-8"))
+    assert 'dtype="bfloat16")' in body and "stored in bfloat16" in body and "Load it in fp32" not in body

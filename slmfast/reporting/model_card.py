@@ -69,7 +69,7 @@ def write_training_card(
     told = yaml.safe_dump(dict(card["settings"]), sort_keys=False)
     sections = [
         Section("How it was made", [Table("Training", ["what", "figure"], rows, 2), Code("Settings", told)]),
-        _use(),
+        _use("float32"),
         Section("How to reproduce", [Text(_SAME_BYTES), Code("The command", _command(card, start, reference))]),
         _limits(f"It inherits what {model_title(start)} and the training set hold, errors and bias included."),
     ]
@@ -119,7 +119,7 @@ def write_fusion_card(folder: Path, paths: Sequence[Path], card: Mapping[str, An
     command = f"slmfast fuse {given} --dtype {card['dtype']}{mixed} -o fused"
     sections = [
         Section("How it was made", blocks),
-        _use(),
+        _use(card["dtype"]),
         Section("How to reproduce", [Code(f"With slmfast {__version__}", command)]),
         _limits("It inherits what its parts hold, errors and bias included."),
     ]
@@ -150,13 +150,14 @@ def _plain(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _use() -> Section:
+def _use(dtype: str) -> Section:
+    words = _FP32 if dtype == "float32" else f"Its weights are stored in {dtype}: what that type lost is gone."
     code = (
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'tokenizer = AutoTokenizer.from_pretrained("THIS FOLDER")\n'
-        'model = AutoModelForCausalLM.from_pretrained("THIS FOLDER", dtype="float32")'
+        'model = AutoModelForCausalLM.from_pretrained("THIS FOLDER", dtype="' + dtype + '")'
     )
-    return Section("Use", [Text(_FP32), Code("From Python", code)])
+    return Section("Use", [Text(words), Code("From Python", code)])
 
 
 def _limits(inherits: str) -> Section:
