@@ -120,5 +120,5 @@ def stages_behind(job: Job, names: Sequence[str]) -> dict[str, Path]:
 def _ours(path: Path) -> dict[str, Any] | None:
     try:
         return read_manifest(path.parent)
-    except UserError:  # a neighbour's file of the same name is none of this stage's business
+    except (UserError, OSError):  # a neighbour's file of the same name is none of this stage's business
         return None
