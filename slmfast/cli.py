@@ -88,7 +88,7 @@ def _add_run(commands: argparse._SubParsersAction) -> None:
     _add_study(commands)
     status = commands.add_parser("status", help="which stages of a run are done")
     status.add_argument("run_dir", nargs="?", type=Path, default=Path("runs/miniature"))
-    report = commands.add_parser("report", help="write a run's report again")
+    report = commands.add_parser("report", help="write a run's report again, or that of the stages that have ended")
     report.add_argument("run_dir", nargs="?", type=Path, default=Path("runs/miniature"))
 
 
