@@ -24,6 +24,7 @@ from slmfast.reporting.model_card import write_fusion_card
 from slmfast.store import atomic_path, read_json, write_json
 
 CARD = "fusion.json"
+_ROUNDING = 2.0**-50  # how far from 1 normalised weights may sum
 DTYPES = {
     "float32": torch.float32,
     "fp32": torch.float32,
@@ -206,6 +207,8 @@ def _normalised(models: Mapping[str | Path, float]) -> dict[Path, float]:
     total = math.fsum(weights.values())
     if total <= 0:
         raise UserError("all fusion weights are 0: give at least one model a weight above 0")
+    if abs(total - 1.0) <= _ROUNDING:  # normalised already, as a card's are: again, they would be others
+        return weights
     return {path: weight / total for path, weight in weights.items()}
 
 

@@ -22,7 +22,7 @@ from slmfast.evaluation.run import load_tasks
 from slmfast.fusion import CARD, fuse
 from slmfast.model_folder import check_output
 from slmfast.recipe import Evaluate
-from slmfast.store import WORK, digest, file_digest, model_digest, read_json, remove, write_json
+from slmfast.store import WORK, atomic_path, digest, file_digest, model_digest, read_json, remove, write_json
 
 SEARCH = "fusion_search.json"
 _STATE = "search.json"
@@ -61,7 +61,8 @@ def search(
 ) -> dict[str, Any]:
     """Scores every point of the grid, and writes the best as a model folder with `fusion_search.json` in it.
 
-    A search that was cut off goes on from the points that it has. Points of equal score: the more even weights win.
+    A search that was cut off goes on from the points that it has; one that has ended is given as it was found. Points
+    of equal score: the more even weights win.
 
     Args:
         models: two model folders or more.
@@ -75,8 +76,8 @@ def search(
         winner with its lead over the best single model.
 
     Raises:
-        UserError: fewer than two models, a step that does not divide 1, an item of both sides, and what `fuse` and
-            `evaluate_model` refuse.
+        UserError: fewer than two models, a step that does not divide 1, an item of both sides, an output that holds
+            another fused model, and what `fuse` and `evaluate_model` refuse.
     """
     paths, target, points = [Path(model) for model in models], Path(output), grid(len(models), step)
     if len(paths) < 2:
@@ -87,6 +88,8 @@ def search(
         if test is not None:
             _check_apart(development, test, Path(scratch))
         key = _key(paths, development)
+        if (target / CARD).exists():  # before hours of points, not after
+            return _finished(target, key, step)
         state = target / WORK / _STATE
         done = _known(state, key)
         for number, shares in enumerate(points):
@@ -97,11 +100,21 @@ def search(
                 write_json(state, {"key": key, "points": done})
     scored = [Point(tuple(share / sum(shares) for share in shares), **done[str(shares)]) for shares in points]
     best = max(scored, key=lambda point: (point.value, -sum(weight**2 for weight in point.weights)))
-    document = _document(paths, development, step, scored, best)
+    document = {**_document(paths, development, step, scored, best), "key": key}
     winner = points[scored.index(best)]
-    fuse({path: share for path, share in zip(paths, winner, strict=True) if share}, target, mixed_dtypes=True)
-    write_json(target / SEARCH, document)
+    with atomic_path(target) as folder:  # the points go when all of the result is there
+        fuse({path: share for path, share in zip(paths, winner, strict=True) if share}, folder, mixed_dtypes=True)
+        write_json(folder / SEARCH, document)
     return document
+
+
+def _finished(target: Path, key: str, step: float) -> dict[str, Any]:
+    """What an earlier search of the same models, tasks and step has found; another fused model is not replaced."""
+    found = read_json(target / SEARCH) if (target / SEARCH).exists() else {}
+    if (found.get("key"), found.get("step")) != (key, step):
+        raise UserError(f"{target} holds another fused model: give another output, or remove it first")
+    print(f"fuse --search: {target} is up to date", flush=True)
+    return found
 
 
 def _key(paths: Sequence[Path], development: Evaluate) -> str:

@@ -55,7 +55,7 @@ def run(recipe: Recipe, run_dir: Path, last: str | None = None, *, first: str = 
     recipe.require_complete(last)
     names = STAGES[STAGES.index(first) : STAGES.index(last) + 1 if last else None]
     check_later_stages(recipe, run_dir)
-    if "rate" in names and not (run_dir / "rate" / MANIFEST).exists():
+    if "rate" in names:
         check_judge(recipe, run_dir)
     if run_dir.exists() and not (run_dir / LOCK).exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
         raise UserError(f"{run_dir} holds other files: give a new folder with --run-dir")
@@ -115,9 +115,9 @@ def check_later_stages(recipe: Recipe, run_dir: Path) -> None:
 
 
 def check_judge(recipe: Recipe, run_dir: Path) -> None:
-    """Raises UserError where the judge's server is there and can't score a text."""
+    """Raises UserError where rate has not run with the judge of now, whose server is there and can't score a text."""
     engine = recipe.engine("judge")
-    if engine.kind in HTTP:
+    if engine.kind in HTTP and not is_up_to_date(make_job("rate", recipe, run_dir)):
         from slmfast.engines.openai import check_scoring
 
         check_scoring(engine, resolve_model(recipe, "judge", run_dir), f"engines.{recipe.engine_role('judge')}")

@@ -216,10 +216,10 @@ class Evaluate:
 
     @property
     def names(self) -> list[str]:
-        """The tasks, those of the suite where none are named."""
+        """The tasks, each once; those of the suite where none are named."""
         if self.suite is None:
-            return self.tasks
-        return [SUITE_NAMES.get(task, task) for task in self.tasks] or list(SUITES[self.suite])
+            return list(dict.fromkeys(self.tasks))
+        return list(dict.fromkeys(SUITE_NAMES.get(task, task) for task in self.tasks)) or list(SUITES[self.suite])
 
     @property
     def templated(self) -> bool:

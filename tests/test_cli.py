@@ -115,6 +115,13 @@ def test_an_unfinished_run_has_a_report_of_what_ended(capsys, tmp_path):
     page = (run / "report" / "report.md").read_text(encoding="utf-8")
     assert "Not in this report: dedup, classify" in page and "after dedup" not in page.partition("## Settings")[0]
     assert "| categorize | 9 |" in page and not (run / "summary.json").exists()
+    assert outcome(capsys, "run", recipe, "--run-dir", run, "--until", "dedup", *models)[0] == 0
+    raw.write_text(raw.read_text().partition("\n")[0])
+    assert outcome(capsys, "run", recipe, "--run-dir", run, "--until", "collect", *models)[0] == 0
+    code, out, error = outcome(capsys, "report", run)  # of other records than collect has now, nothing is told
+    assert "they have not ended: classify" in out and "they are out of date: categorize, dedup" in out, error
+    page = (run / "report" / "report.md").read_text(encoding="utf-8")
+    assert "Not in this report: categorize, dedup" in page and "| categorize |" not in page
 
 
 def test_a_stage_does_not_overwrite_other_files(capsys, tmp_path):

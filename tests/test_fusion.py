@@ -1,6 +1,7 @@
 """Identities of the weighted average, and update_survival against its definition."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -365,3 +366,10 @@ def test_another_fused_model_is_not_replaced(models, tmp_path):
     with pytest.raises(UserError, match=r"fused holds another fused model: give another output, or remove it"):
         fuse({models[0]: 1, models[1]: 2}, tmp_path / "fused")
     assert json.loads((tmp_path / "fused" / "fusion.json").read_text())["parts"][1]["weight"] == 0.5
+
+
+def test_the_weights_of_a_card_give_that_card_again(models, tmp_path):
+    card = fuse({models[0]: 0.1, models[1]: 0.1, models[2]: 0.6}, tmp_path / "fused")
+    weights = [part["weight"] for part in card["parts"]]
+    assert weights != [weight / math.fsum(weights) for weight in weights]  # such that normalising again changes them
+    assert fuse(dict(zip(models, weights, strict=True)), tmp_path / "fused") == card

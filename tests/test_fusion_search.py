@@ -111,6 +111,20 @@ def test_a_search_that_was_cut_off_goes_on(models, hill, tmp_path):
     assert len(hill.asked) == 7 + 3 + 6  # other settings: no point of the first search counts
 
 
+def test_a_search_that_has_ended_is_not_made_again_nor_replaced(models, hill, tmp_path):
+    best = tmp_path / "best"
+    found = search(models, best, DEVELOPMENT, step=0.5)
+    before = {path.name: path.read_bytes() for path in best.iterdir()}
+    again = search(models, best, DEVELOPMENT, step=0.5)
+    assert again == json.loads(json.dumps(found)) and len(hill.asked) == 6
+    fuse({models[0]: 1, models[1]: 1}, tmp_path / "plain")
+    for output, step in ((best, 0.1), (tmp_path / "plain", 0.5)):
+        with pytest.raises(UserError, match="holds another fused model: give another output"):
+            search(models, output, DEVELOPMENT, step=step)
+    assert len(hill.asked) == 6  # refused before any point
+    assert {path.name: path.read_bytes() for path in best.iterdir()} == before
+
+
 def test_equal_scores_go_to_the_even_average(models, monkeypatch, tmp_path):
     scores = {"first": {"value": 0.5, "stderr": None, "n": 1}}
     monkeypatch.setattr(fusion_search, "evaluate_model", lambda *_: Evaluation(scores, [], {}))

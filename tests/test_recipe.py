@@ -124,5 +124,5 @@ def test_stages_are_sections():
 
 
 def test_a_suites_benchmark_may_be_called_as_people_call_it():
-    assert Evaluate(suite="paper", tasks=["ceval", "mmlu"]).names == ["ceval-valid", "mmlu"]
+    assert Evaluate(suite="paper", tasks=["ceval", "mmlu", "ceval-valid"]).names == ["ceval-valid", "mmlu"]
     assert Evaluate(tasks=["ceval"]).names == ["ceval"]

@@ -8,6 +8,7 @@ from slmfast.commands.tables import format_scores, format_study
 from slmfast.errors import UserError
 from slmfast.job import Job
 from slmfast.recipe import STAGES, load_recipe
+from slmfast.stages.report import ended_stages
 from slmfast.store import MANIFEST
 
 MINIATURE = Path(__file__).parent.parent / "miniature" / "recipe.yaml"
@@ -78,9 +79,12 @@ def report(arguments: Namespace) -> None:
     if not (run_dir / "recipe.yaml").exists() or not any((folder / MANIFEST).exists() for folder in folders):
         raise UserError(f"{run_dir} holds no finished stage: run a recipe first with slmfast run")
     recipe = load_recipe(run_dir / "recipe.yaml")
+    job = pipeline.make_job("report", recipe, run_dir)
     with pipeline.only_run(run_dir):
-        pipeline.run_stage(pipeline.make_job("report", recipe, run_dir))
-    missing = [folder.name for folder in folders if not (folder / MANIFEST).exists()]
-    if missing:
-        print(f"not in it, for they have not ended: {', '.join(missing)}")
+        pipeline.run_stage(job)
+    ended = ended_stages(job)
+    for words, there in (("have not ended", False), ("are out of date", True)):
+        missing = [path.name for path in folders if path.name not in ended and (path / MANIFEST).exists() is there]
+        if missing:
+            print(f"not in it, for they {words}: {', '.join(missing)}")
     print(f"report: {run_dir / 'report' / 'report.html'}")

@@ -103,7 +103,7 @@ def stages_behind(job: Job, names: Sequence[str]) -> dict[str, Path]:
     paths = [folder / MANIFEST for folder in job.inputs.values()]
     paths += sorted(path for folder in beside for path in folder.glob(f"*/{MANIFEST}"))
     written: dict[tuple[str, str], Path] = {}
-    for path in filter(Path.exists, paths):
+    for path in filter(Path.is_file, paths):
         found = _ours(path)
         if found is not None:
             written.setdefault((found["stage"], found["digest"]), path.parent)

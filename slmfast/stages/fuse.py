@@ -14,6 +14,7 @@ def run(job: Job) -> Counts:
         for name, weight in job.settings.weights.items()
         if weight > 0
     }
-    mixed = "base" in job.settings.weights  # a published base is stored in bf16, what it was trained to in fp32
+    # A published base is stored in bf16, what it was trained to in fp32.
+    mixed = job.settings.weights.get("base", 0) > 0
     fuse(weights, job.folder / "fused", mixed_dtypes=mixed)
     return Counts(None, 1)

@@ -2,7 +2,7 @@
 
 from slmfast.job import Counts, Job
 from slmfast.recipe import STAGES, dump_recipe
-from slmfast.store import MANIFEST, atomic_path, file_digest
+from slmfast.store import MANIFEST, atomic_path, file_digest, read_json
 
 INPUTS = STAGES[:-1]
 MODELS: tuple[str, ...] = ()
@@ -12,6 +12,17 @@ def files(job: Job) -> list[str]:
     """The recipe and the digests of all manifests: the page shows settings and figures on which no data depend."""
     manifests = [folder / MANIFEST for folder in job.inputs.values()]
     return [dump_recipe(job.recipe), *(file_digest(path) for path in manifests if path.exists())]
+
+
+def ended_stages(job: Job) -> dict[str, str | None]:
+    """The digests of the stages that have ended and read what those before them hold now, by their manifests."""
+    ended: dict[str, str | None] = {}
+    for stage, folder in job.inputs.items():
+        if (folder / MANIFEST).exists():
+            manifest = read_json(folder / MANIFEST)
+            if all(ended.get(earlier) == given for earlier, given in manifest.get("inputs", {}).items()):
+                ended[stage] = manifest.get("digest")
+    return ended
 
 
 def run(job: Job) -> Counts:
@@ -24,7 +35,8 @@ def run(job: Job) -> Counts:
     from slmfast.reporting.scoreboard import measure
 
     # Of a stage that was cut off no table is shown: its folder is taken for one that isn't there.
-    ended = {stage: path if (path / MANIFEST).exists() else path / "unfinished" for stage, path in job.inputs.items()}
+    ended = ended_stages(job)
+    ended = {stage: path if stage in ended else path / "unfinished" for stage, path in job.inputs.items()}
     folder = RunFolder(job.run_dir, job.recipe, ended)
     scoreboard = measure(folder) if folder.manifest("align") else None  # of less it would be a wrong one
     if scoreboard is not None:

@@ -68,6 +68,8 @@ def make_models(plan: Plan, folder: Path) -> None:
     with atomic_path(folder / "recipe.yaml") as temporary:
         temporary.write_text(dump_recipe(plan.recipe), encoding="utf-8")
     plan.recipe.require_complete()
+    # Before the shared stages, and not only before those of a seed.
+    pipeline.check_judge(plan.recipe, seed_folder(folder, plan.seeds[0]))
     print(f"study: {describe(plan)}\nstudy: what all seeds share", flush=True)
     pipeline.run(plan.recipe, folder / SHARED, STAGES[STAGES.index(plan.vary_from) - 1])
     for seed in plan.seeds:

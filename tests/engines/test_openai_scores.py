@@ -8,6 +8,9 @@ from slmfast.engines import open_engine
 from slmfast.engines.openai import check_scoring
 from slmfast.engines.settings import EngineSettings
 from slmfast.job import BUILTIN_MODELS
+from slmfast.recipe import load_recipe
+from slmfast.study.plan import make_plan
+from slmfast.study.runs import make_models
 
 
 def test_scores_are_those_of_the_local_engine(serve, engine_of):
@@ -69,3 +72,12 @@ def test_what_a_judge_can_do_is_asked_before_the_other_stages(serve, capsys):
         ask(serve(model=str(folder), echo=False).url)
     ask("http://127.0.0.1:9/v1")  # not started yet
     assert "engines.judge is asked again when its stage begins" in capsys.readouterr().out
+
+
+def test_a_study_asks_the_judge_before_what_its_seeds_share(serve, tmp_path):
+    url = serve(model=str(BUILTIN_MODELS / "large"), echo=False).url
+    judge = f"engines.judge={{kind: openai, base_url: '{url}', model: served, tokenizer: 'builtin:large'}}"
+    tmp_path.joinpath("study").mkdir()
+    with pytest.raises(UserError, match=r"engines\.judge: .* can't score a given text"):
+        make_models(make_plan(load_recipe(BUILTIN_MODELS.parent / "recipe.yaml", [judge]), seeds=1), tmp_path / "study")
+    assert [path.name for path in (tmp_path / "study").iterdir()] == ["recipe.yaml"]
