@@ -64,9 +64,15 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
     When it fails, what was written goes. An OSError of a disk without room names `path`.
     """
+    with full_disk_named(path), _replacing(path) as temporary:
+        yield temporary
+
+
+@contextmanager
+def full_disk_named(path: Path) -> Iterator[None]:
+    """Has the error of a disk without room name `path`, which Arrow's own doesn't."""
     try:
-        with _replacing(path) as temporary:
-            yield temporary
+        yield
     except OSError as error:
         if error.errno not in NO_ROOM:
             raise

@@ -214,7 +214,7 @@ def _json_shape(head: bytes, name: str) -> str:
 
 def _read_csv(stream: BinaryIO) -> Iterator[tuple[int, Any]]:
     """Yields (line of its beginning, row as a dict of columns) for each row under the header."""
-    csv.field_size_limit(MAX_VALUE_BYTES)
+    csv.field_size_limit(max(csv.field_size_limit(), MAX_VALUE_BYTES))  # of the process: never lower than others need
     text = io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape", newline="")
     rows = csv.reader(_csv_lines(text), strict=True)
     try:

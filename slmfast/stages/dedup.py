@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from slmfast.job import Counts, Job
 from slmfast.near_duplicates import DedupResult, find_duplicates
 from slmfast.records import DROPPED_SCHEMA, prompt_texts
-from slmfast.store import ShardWriter, count_rows, read_batches, table_schema
+from slmfast.store import ShardWriter, count_rows, full_disk_named, read_batches, table_schema
 
 INPUTS = ("categorize",)
 MODELS: tuple[str, ...] = ()
@@ -50,7 +50,7 @@ def _find(job: Job, texts: pa.ChunkedArray) -> DedupResult:
 
 
 def _write_texts(source: Path, path: Path) -> Path:
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, TEXT_SCHEMA) as writer:
+    with full_disk_named(path), pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, TEXT_SCHEMA) as writer:
         for batch in read_batches(source, columns=["prompt", "id"]):
             ids = batch.column("id").cast(pa.large_string())
             writer.write_batch(pa.record_batch([prompt_texts(batch.column("prompt")), ids], schema=TEXT_SCHEMA))
