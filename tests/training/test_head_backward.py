@@ -182,12 +182,13 @@ def test_autocast_does_not_touch_it():
 @pytest.mark.parametrize("keep", [0, 1 << 20])
 def test_it_keeps_the_rules_of_torchs_operators(keep):
     hidden, weight, targets, grad = case(5, 8, 3000)
-    torch.library.opcheck(head_op.logprob_and_normalizer, (hidden, weight, targets, keep))
+    found = torch.library.opcheck(head_op.logprob_and_normalizer, (hidden, weight, targets, keep))
+    assert set(found.values()) == {"SUCCESS"}
     _, log_sum_exp, kept = head_op.logprob_and_normalizer(hidden, weight, targets, keep)
     for weight_grad in (torch.zeros(weight.shape), None):
         workspace = torch.empty(0, dtype=torch.uint8)
         given = (hidden, weight, targets, log_sum_exp, grad, kept, weight_grad, workspace)
-        torch.library.opcheck(head_op.head_gradients, given)
+        assert set(torch.library.opcheck(head_op.head_gradients, given).values()) == {"SUCCESS"}
 
 
 @pytest.mark.parametrize(
